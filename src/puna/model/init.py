@@ -1,0 +1,67 @@
+"""Initial values: a function of (seed, parameter name, expert index) alone.
+
+Any number of ranks, any order of construction and any sharding start bitwise equal, because every tensor (and every
+expert of a batched one) draws from a generator keyed by its own name.
+
+    embedding              N(0, 1): the first RMSNorm sees unit variance
+    matrices               N(0, 1/fan_in), truncated at 3 sigma
+    wo, w2 (branch ends)   the same, divided by sqrt(2 * layers), so the residual's variance does not grow with depth
+    router                 N(0, 1/fan_in) / 2: sigmoid scores near 1/2, experts chosen evenly
+    head                   N(0, 1/fan_in) / 4: the first loss is close to ln(vocabulary)
+    norms 1, biases 0; vision positions and class token N(0, 1/width)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from puna.model.config import ModelConfig
+
+
+def _generator(seed: int, name: str, expert: int | None) -> torch.Generator:
+    key = hashlib.sha256(f"{seed}/{name}/{expert}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+
+
+def std_of(name: str, shape: tuple[int, ...], config: ModelConfig) -> float | None:
+    """Standard deviation of a parameter's initial values; None: a constant (see `constant_of`)."""
+    last = name.rsplit(".", 2)
+    if name.endswith(".bias") or "norm" in last[-2]:
+        return None
+    if name == "tok_embeddings.weight":
+        return 1.0
+    if name.startswith("vision.") and name.endswith("_embedding"):
+        return config.vision.width**-0.5
+    fan_in = shape[1]  # Linear [out, in] and input-major experts [E, in, out] alike
+    std = fan_in**-0.5
+    if name.endswith(("attention.wo.weight", "w2.weight", "experts.w2", "mlp.fc2.weight")):
+        depth = config.vision.layers if name.startswith("vision.") else config.n_layers
+        return std / math.sqrt(2 * depth)
+    if name.endswith("router.weight"):
+        return std / 2
+    if name == "output.weight":
+        return std / 4
+    return std
+
+
+def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
+    """The fp32 initial value of one parameter (or one expert at a time inside a batched one)."""
+    std = std_of(name, shape, config)
+    if std is None:
+        return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+    value = torch.empty(shape)
+    parts = [(value, None)] if ".experts." not in name else [(value[e], e) for e in range(shape[0])]
+    for part, expert in parts:
+        torch.nn.init.trunc_normal_(part, 0.0, std, -3 * std, 3 * std, generator=_generator(seed, name, expert))
+    return value
+
+
+@torch.no_grad()
+def initialise(model, seed: int) -> None:
+    """Fills every parameter of a (materialised) model in place."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, tuple(parameter.shape), model.config, seed))

@@ -1,0 +1,110 @@
+"""The few operations everything else is made of, and the seams where precision and devices plug in.
+
+`linear` and `expert_mm` are module-level names that callers reach as `ops.linear` / `ops.expert_mm`, so that FP8 or
+int8 versions can replace them in one place.
+
+**Mixed precision without autocast.** Parameters are fp32 master weights; activations carry the compute dtype. A
+linear layer casts its weight to the activations' dtype, and autograd's cast back gives the weight an fp32 gradient.
+
+**expert_mm.** Tokens arrive sorted by expert, so expert e owns one contiguous slice of rows:
+
+    y[s_e] = x[s_e] @ w[e]        dx[s_e] = dy[s_e] @ w[e]^T        dw[e] = x[s_e]^T @ dy[s_e]
+
+On CUDA this is one grouped matmul. On the CPU a plain `mm` per non-empty expert into preallocated slices is 3-5x
+faster than torch's grouped kernel, and a backward of its own is needed: autograd through `w[e]` would materialise a
+full zero tensor of w's size for each expert (training.md §0).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., D_in] @ weight[D_out, D_in]^T (+ bias) in x's dtype."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, returned in x's dtype."""
+    x32 = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        x32 = x32 * weight.to(x32.dtype)
+    return x32.to(x.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, with gate and up the two halves of the last dimension."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class _ExpertMM(torch.autograd.Function):
+    """Plain `mm` per non-empty expert; see the module's docstring."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, w_EDF: Tensor, counts: list[int]) -> Tensor:
+        w = w_EDF.to(x_TD.dtype)
+        y_TF = x_TD.new_empty(x_TD.shape[0], w.shape[2])
+        start = 0
+        for e, n in enumerate(counts):
+            if n:
+                torch.mm(x_TD[start : start + n], w[e], out=y_TF[start : start + n])
+                start += n
+        ctx.save_for_backward(x_TD, w)
+        ctx.counts = counts
+        return y_TF
+
+    @staticmethod
+    def backward(ctx, dy_TF: Tensor):
+        x_TD, w = ctx.saved_tensors
+        dy_TF = dy_TF.contiguous()
+        dx_TD = torch.empty_like(x_TD) if ctx.needs_input_grad[0] else None
+        dw_EDF = torch.empty_like(w) if ctx.needs_input_grad[1] else None
+        start = 0
+        for e, n in enumerate(ctx.counts):
+            s = slice(start, start + n)
+            if n and dx_TD is not None:
+                torch.mm(dy_TF[s], w[e].t(), out=dx_TD[s])
+            if dw_EDF is not None:
+                if n:
+                    torch.mm(x_TD[s].t(), dy_TF[s], out=dw_EDF[e])
+                else:
+                    dw_EDF[e].zero_()
+            start += n
+        return dx_TD, dw_EDF, None
+
+
+def expert_mm(x_TD: Tensor, w_EDF: Tensor, counts_E: Tensor) -> Tensor:
+    """Rows of x_TD, sorted by expert with counts_E [E] rows each, times their expert's w_EDF[e]: [T, F].
+
+    Errors: counts that do not sum to T (CPU path) raise ValueError; on CUDA they are the caller's contract.
+    """
+    if x_TD.is_cuda:
+        return F.grouped_mm(x_TD, w_EDF.to(x_TD.dtype), offs=counts_E.cumsum(0).to(torch.int32))
+    counts = counts_E.tolist()
+    if sum(counts) != x_TD.shape[0]:
+        raise ValueError(f"expert counts sum to {sum(counts)}, but there are {x_TD.shape[0]} rows")
+    return _ExpertMM.apply(x_TD, w_EDF, counts)
+
+
+class _Permute(torch.autograd.Function):
+    """x[order] for a permutation: the backward is a gather by the inverse, not a scatter-add."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        order, inverse = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Rows of x in the given order; `inverse` undoes `order`."""
+    return _Permute.apply(x, order, inverse)
