@@ -1,0 +1,316 @@
+"""Named sources of data: from a name like 'text/en' to packed rows.
+
+    text/<lang>      the nursery's documents in one of 12 languages       loss on every token
+    code             its code                                             loss on every token
+    long/<source>    the documents of text/<lang> ('long/en') or code ('long/code') longer than one attention chunk;
+                     shorter ones only fill what they leave free in their last chunks
+    captions         pictures with names, interleaved (puna.tasks)        loss on text, not on pictures
+    sft/<task>       conversations of a task in puna.tasks                loss on what the assistant says
+    file:<path>      the user's own text or conversations (files.py)      as theirs
+
+Each is encoded and packed once for a sequence length (packing.py) and kept on disk under the hash of all that went in
+(shards.py): the same data, tokenizer, settings and code never are packed twice.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from puna import nursery, tasks
+from puna.data import files, shards
+from puna.data.order import derive, permutation
+from puna.data.packing import PackedRows, pack
+from puna.errors import PunaError
+from puna.processor import Encoded, Processor
+
+GROUP = 256  # documents encoded at once
+ITEMS = 4096  # documents of an endless source, where its options don't say
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a stage trains on.
+
+    seq_len: tokens a row, a multiple of the attention chunk or shorter. weights: source -> share of the rows. seed: of
+    the tasks' items, the choice of documents and the order of rows. options: source -> settings of that source:
+    `max_chars` (text, code, long, file: no more than so many characters, whole documents chosen by the seed), `items`
+    (captions, sft: how many), `level` (sft), and the task's own settings.
+    """
+
+    seq_len: int
+    weights: Mapping[str, float]
+    seed: int = 0
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in self.options:
+            if name not in self.weights:
+                raise PunaError(f"options for data source {name!r}, which has no weight{_nearest(name, self.weights)}")
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """Sources with a positive weight, in order of name."""
+        return tuple(name for name in sorted(self.weights) if self.weights[name] > 0)
+
+
+def names() -> list[str]:
+    """All sources that ship with puna ('file:<path>' comes on top)."""
+    text = list(nursery.LANGUAGES)
+    return [
+        *(f"text/{lang}" for lang in text),
+        "code",
+        *(f"long/{lang}" for lang in [*text, "code"]),
+        "captions",
+        *(f"sft/{name}" for name in sorted(tasks.TASKS)),
+    ]
+
+
+def build(
+    config: DataConfig,
+    processor: Processor,
+    chunk: int,
+    cache_dir: str | Path | None = None,
+    progress: Progress | None = None,
+    split: str = "train",
+) -> dict[str, PackedRows]:
+    """Packed rows of every source of `config` with a positive weight.
+
+    chunk: the model's attention chunk. cache_dir: where packed rows are kept (None: only in memory). progress(name,
+    done, total): called as documents are encoded; total is None where it isn't known; done == total at the end. split:
+    "train" or "val". PunaError: unknown source or option, nothing in a source, damaged files.
+    """
+    for name in config.used:
+        _check(name, config.options.get(name, {}))
+    result = {}
+    for name in config.used:
+        key = fingerprint(name, config, processor, chunk, split)
+        folder = None
+        if cache_dir is not None:
+            folder = Path(cache_dir) / f"{_safe(name)}-{split}-{config.seq_len}-{key[:16]}"
+        rows = shards.load(folder, key) if folder is not None else None
+        if rows is None:
+            rows = _build(name, config, processor, chunk, progress, split)
+            if folder is not None:
+                shards.save(folder, rows, key)
+                rows = shards.load(folder, key)  # memory-mapped: a long run keeps the data on disk
+        elif progress is not None:
+            progress(name, rows.documents, rows.documents)
+        result[name] = rows
+    return result
+
+
+def fingerprint(name: str, config: DataConfig, processor: Processor, chunk: int, split: str = "train") -> str:
+    """sha256 of all that decides a source's packed rows: its data, settings, the tokenizer, picture tiling, lengths
+    and our code."""
+    state = {
+        "source": name,
+        "data": files.sha256(name.removeprefix("file:")) if name.startswith("file:") else _nursery_hash(),
+        "options": dict(config.options.get(name, {})),
+        "seed": config.seed,
+        "seq_len": config.seq_len,
+        "chunk": chunk,
+        "split": split,
+        "tokenizer": hashlib.sha256(processor.tokenizer.to_json().encode()).hexdigest(),
+        "image": repr(processor.image),
+        "code": _code_hash(),
+    }
+    return hashlib.sha256(json.dumps(state, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def texts(name: str, split: str = "train", max_chars: int | None = None, seed: int = 0) -> list[str]:
+    """The plain texts of a source ('text/<lang>', 'code', 'file:<path>'), to train a tokenizer or to measure on.
+
+    max_chars: whole documents chosen by the seed, until so many characters are reached; in their own order.
+    """
+    documents = _texts(name, split)
+    if max_chars is None or sum(map(len, documents)) <= max_chars:
+        return documents
+    chosen, total = [], 0
+    for i in permutation(derive("choose", seed, name), len(documents)).tolist():
+        if total and total + len(documents[i]) > max_chars:
+            continue
+        chosen.append(i)
+        total += len(documents[i])
+        if total >= max_chars:
+            break
+    return [documents[i] for i in sorted(chosen)]
+
+
+def _texts(name: str, split: str) -> list[str]:
+    """All texts of a source."""
+    if name.startswith("file:"):
+        return [document for document in files.documents(name.removeprefix("file:")) if isinstance(document, str)]
+    kind = name.split("/")[-1]
+    return nursery.code(split) if kind == "code" else nursery.texts(kind, split)
+
+
+def _build(
+    name: str, config: DataConfig, processor: Processor, chunk: int, progress: Progress | None, split: str
+) -> PackedRows:
+    """Encode and pack one source."""
+    tokenizer = processor.tokenizer
+    encoded, total = _encoded(name, config, processor, split)
+    encoded, filler = _reported(encoded, name, total, progress), []
+    if name.startswith("long/"):
+        everything = list(encoded)
+        encoded = [document for document in everything if len(document.tokens) > chunk]
+        filler = [document for document in everything if len(document.tokens) <= chunk]
+    rows = pack(
+        encoded,
+        config.seq_len,
+        chunk,
+        tokenizer.pad,
+        image=(tokenizer.image_start, tokenizer.image_end),
+        # A conversation whose question is cut off teaches nothing.
+        overlong="drop" if name.startswith("sft/") else "cut",
+        filler=filler,
+        seed=config.seed,
+    )
+    if progress is not None:
+        progress(name, rows.documents, rows.documents)
+    if len(rows) == 0:
+        if name.startswith("long/"):
+            raise PunaError(f"data source {name!r} has no document longer than a chunk of {chunk} tokens; leave it out")
+        if rows.dropped:
+            raise PunaError(
+                f"all {rows.dropped} conversations of {name!r} are longer than {config.seq_len} tokens; raise seq_len"
+            )
+        raise PunaError(f"data source {name!r} is empty; leave it out or give it data")
+    return rows
+
+
+def _encoded(name: str, config: DataConfig, processor: Processor, split: str) -> tuple[Iterable[Encoded], int | None]:
+    """A source's documents, encoded a group at a time, and how many there are."""
+    options = dict(config.options.get(name, {}))
+    if name == "captions":
+        count = options.pop("items", ITEMS)
+        documents = tasks.Captions(**options).documents(seed=derive("captions", config.seed, split))
+        return _in_groups(islice(documents, count), processor.encode_documents), count
+    if name.startswith("sft/"):
+        count, level = options.pop("items", ITEMS), options.pop("level", 0)
+        task = make_task(name.removeprefix("sft/"), processor, config.seq_len, options)
+        items = task.items("test" if split == "val" else "train", seed=config.seed, level=level)
+        return (processor.encode_chat(item.messages) for item in islice(items, count)), count
+    if name.startswith("file:"):
+        return _file(name, config, processor)
+    documents = texts(name, split, options.get("max_chars"), config.seed)
+    return _in_groups(documents, lambda group: encode_texts(processor, group)), len(documents)
+
+
+def make_task(name: str, processor: Processor, seq_len: int, options: Mapping[str, Any]) -> tasks.Task:
+    """The task `name`; one that counts tokens (the needle) gets this tokenizer, and the length that fits a row of
+    `seq_len`."""
+    options = dict(options)
+    if name == "needle":
+        room = len(
+            processor.encode_chat([{"role": "user", "content": ""}, {"role": "assistant", "content": "12345"}]).tokens
+        )
+        # The question is counted alone; between header and text a merge or two may fall otherwise.
+        options.setdefault("length", seq_len - room - 4)
+        options.setdefault("count", lambda text: len(processor.tokenizer.encode(text)))
+    return tasks.task(name, **options)
+
+
+def encode_texts(processor: Processor, documents: list[str]) -> list[Encoded]:
+    """begin_of_text, text, end_of_text of each; loss on all but the first. As Processor.encode_documents, but straight
+    to arrays."""
+    tokenizer = processor.tokenizer
+    result = []
+    for ids in tokenizer.encode_batch(documents):
+        tokens = np.fromiter((tokenizer.bos, *ids, tokenizer.end_of_text), np.int32, len(ids) + 2)
+        loss = np.ones(len(tokens), dtype=bool)
+        loss[0] = False
+        result.append(Encoded(tokens, loss, []))
+    return result
+
+
+def _file(name: str, config: DataConfig, processor: Processor) -> tuple[Iterable[Encoded], int]:
+    """The user's texts and conversations. Conversations longer than a row are left out, as those of a task are."""
+    path = name.removeprefix("file:")
+    everything = list(files.documents(path))
+    talks = [document for document in everything if not isinstance(document, str)]
+    chosen = texts(name, max_chars=config.options.get(name, {}).get("max_chars"), seed=config.seed)
+
+    def encoded() -> Iterator[Encoded]:
+        yield from _in_groups(chosen, lambda group: encode_texts(processor, group))
+        for talk in talks:
+            document = processor.encode_chat(talk)
+            if len(document.tokens) <= config.seq_len:
+                yield document
+
+    return encoded(), len(chosen) + len(talks)
+
+
+def _in_groups(documents: Iterable, encode: Callable[[list], list[Encoded]]) -> Iterator[Encoded]:
+    """Encode a group at a time: fast, and never all documents in memory twice."""
+    iterator = iter(documents)
+    while group := list(islice(iterator, GROUP)):
+        yield from encode(group)
+
+
+def _reported(encoded: Iterable[Encoded], name: str, total: int | None, progress: Progress | None) -> Iterator[Encoded]:
+    """The same documents, telling how many have passed."""
+    for done, document in enumerate(encoded):
+        if progress is not None and done % GROUP == 0:
+            progress(name, done, total)
+        yield document
+
+
+def _check(name: str, options: Mapping[str, Any]) -> None:
+    """PunaError for a source that doesn't exist or an option it doesn't have; before any work is done."""
+    if name.startswith("file:"):
+        files.paths(name.removeprefix("file:"))
+    elif name not in names():
+        raise PunaError(f"unknown data source {name!r}{_nearest(name, names())}")
+    for key in ("items", "max_chars", "level"):
+        value = options.get(key, 1)
+        if not isinstance(value, int) or value < (key != "level"):
+            raise PunaError(
+                f"data source {name!r}: {key} must be a whole number >= {int(key != 'level')}, not {value!r}"
+            )
+    if not name.startswith("sft/") and name != "captions":
+        for key in options:
+            if key != "max_chars":
+                raise PunaError(f"data source {name!r} has no option {key!r}; it takes max_chars")
+    elif name == "captions":
+        for key in options:
+            if key not in ("items", "languages", "naming_weight"):
+                raise PunaError(
+                    f"data source 'captions' has no option {key!r}; it takes items, languages, naming_weight"
+                )
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    near = get_close_matches(name, list(valid), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(valid)}, file:PATH"
+
+
+def _safe(name: str) -> str:
+    """A source's name as a folder name."""
+    return "".join(c if c.isalnum() else "-" for c in name)[-60:]
+
+
+@lru_cache(maxsize=1)
+def _nursery_hash() -> str:
+    return hashlib.sha256(json.dumps(nursery.manifest(), sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _code_hash() -> str:
+    """Hash of the modules that turn data into rows: another version of them packs anew."""
+    root = Path(__file__).parents[1]
+    modules = [
+        *sorted((root / "tasks").glob("*.py")),
+        *sorted((root / "processor").glob("*.py")),
+        *sorted((root / "data").glob("*.py")),
+    ]
+    return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()

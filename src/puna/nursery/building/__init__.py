@@ -1,0 +1,1 @@
+"""Rebuilding the nursery's data from pinned packages (see ``puna.nursery.build``); not needed to use it."""

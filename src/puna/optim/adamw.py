@@ -1,0 +1,53 @@
+"""AdamW (arXiv 1711.05101), fused, with the parameter groups a Llama 4 wants.
+
+Matrices decay; embeddings, norms, biases and position tables do not. A group's learning rate is the peak times its
+own multiplier times the schedule, so one number is tuned:
+
+    lr(group, step) = peak * multiplier(group) * wsd(step)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+GROUPS = ("matrix", "embedding", "vector", "router", "vision")
+
+
+def group_of(name: str, parameter: torch.Tensor) -> str:
+    """The group a parameter belongs to, by its plain name and rank."""
+    if name.endswith(".bias") or "norm" in name or parameter.dim() < 2:
+        return "vector"
+    if "embedding" in name and "patch" not in name or name == "output.weight":
+        return "embedding"
+    if name.endswith("router.weight"):
+        return "router"
+    return "vision" if name.startswith("vision.") else "matrix"
+
+
+def build_adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float,
+                multipliers: Mapping[str, float] | None = None) -> torch.optim.AdamW:  # fmt: skip
+    """A fused AdamW over the trainable parameters; each group carries `peak`, which the loop scales by the schedule."""
+    members: dict[str, list] = {g: [] for g in GROUPS}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[group_of(name, parameter)].append(parameter)
+    groups = []
+    for group, parameters in members.items():
+        if parameters:
+            decays = group in ("matrix", "vision")
+            groups.append({
+                "params": parameters,
+                "name": group,
+                "peak": lr * (multipliers or {}).get(group, 1.0),
+                "weight_decay": weight_decay if decays else 0.0,
+            })  # fmt: skip
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
+    """Sets every group's learning rate to its peak times the schedule's multiplier."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * multiplier

@@ -1,0 +1,115 @@
+"""Where is the ...? One object of a composed scene is asked for, the answer is its box.
+
+Scenes (`pictures.Scene`) hold 3 to 6 different things, so the question cannot be answered without finding the one it
+names. Boxes are exact by construction and written by the one box format, `<box label="pizza">x1,y1,x2,y2</box>`,
+integers 0-999 of the picture. A training picture may be asked about several things in one conversation, since
+pictures cost more tokens than questions; a test scene (unseen, on kinds of background never trained on) is asked
+about once. Graded by IoU >= 0.5 of the first box; chance is what the best constant box reaches on the same items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from puna.errors import PunaError
+from puna.processor.grounding import format_box, iou, parse_boxes
+from puna.tasks.base import Item, Task, assistant, check, user
+from puna.tasks.pictures import Placed, Scene, by_id
+from puna.tasks.seeding import rng
+
+QUESTIONS = (
+    "Where is the {name}?",
+    "Find the {name}.",
+    "Point to the {name}.",
+    "Locate the {name}.",
+    "Show me the {name}.",
+)
+
+
+def is_plural(name: str) -> bool:
+    """Whether an English name reads as plural ("grapes", not "bus", "glass" or "tennis")."""
+    return name.endswith("s") and not name.endswith(("ss", "us", "is", "as"))
+
+
+def ask(name: str, rand) -> str:
+    """A question for the thing called `name`."""
+    question = rand.choice(QUESTIONS).format(name=name)
+    return question.replace("Where is", "Where are") if is_plural(name) else question
+
+
+class Grounding(Task):
+    """Boxes of named things in composed scenes.
+
+    turns: the most questions a training scene is asked, at least 1. tests: how many test scenes.
+    """
+
+    name = "grounding"
+
+    def __init__(self, turns: int = 3, tests: int = 300):
+        if turns < 1 or tests < 1:
+            raise PunaError("grounding: turns and tests must be at least 1")
+        self.turns = turns
+        self.tests = tests
+
+    def size(self, split: str = "test", level: int = 0) -> int | None:
+        return self.tests if split == "test" else None
+
+    def item(self, index: int, split: str = "train", seed: int = 0, level: int = 0) -> Item:
+        check(self.name, index, split, level, 1, self.size(split))
+        rand = rng(self.name, split, seed, index)
+        scene = Scene(rand.getrandbits(40), split)
+        objects = scene.objects
+        wanted = rand.sample(objects, min(len(objects), rand.randint(1, self.turns) if split == "train" else 1))
+        messages = []
+        for turn, spot in enumerate(wanted):
+            name = by_id()[spot.concept].names["en"]
+            messages += [user(ask(name, rand), *([scene] if turn == 0 else [])), assistant(written(spot, scene.side))]
+        meta = {
+            "task": self.name,
+            "lang": "en",
+            "concept": wanted[-1].concept,
+            "style": wanted[-1].style,
+            "box": list(wanted[-1].box(scene.side)),
+            "objects": len(objects),
+            "background": scene.background,
+        }
+        return Item(messages, written(wanted[-1], scene.side), meta)
+
+    def grade(self, item: Item, text: str) -> float:
+        """1 if the first box in `text` and the true box have an IoU of at least 0.5; else 0."""
+        boxes = parse_boxes(text)
+        return float(bool(boxes) and iou(boxes[0], parse_boxes(item.answer)[0]) >= 0.5)
+
+    def chance(self, items: Iterable[Item]) -> float:
+        """Share of the items that the best constant box answers."""
+        return best_constant_box([item.meta["box"] for item in items])[1]
+
+
+def written(spot: Placed, side: int) -> str:
+    """An object's box in the box format, labelled with its English name."""
+    return format_box(by_id()[spot.concept].names["en"], spot.box(side))
+
+
+def best_constant_box(boxes: list, steps: int = 16) -> tuple[tuple[int, int, int, int], float]:
+    """The one box that has IoU >= 0.5 with most of `boxes` (x1, y1, x2, y2), and the share it reaches.
+
+    Searched among the boxes themselves and all boxes on a grid of `steps` x `steps`. PunaError on no boxes.
+    """
+    if not len(boxes):
+        raise PunaError("a chance level needs at least one item")
+    true_N4 = np.asarray(boxes, np.float32)
+    edges = np.linspace(0, 999, steps + 1).round()
+    low_P, high_P = (edges[index] for index in np.triu_indices(steps + 1, 1))
+    x, y = np.divmod(np.arange(len(low_P) ** 2), len(low_P))
+    grid_C4 = np.stack([low_P[x], low_P[y], high_P[x], high_P[y]], 1)
+    candidates_C4 = np.concatenate([true_N4, grid_C4]).astype(np.float32)
+    hits_C = np.zeros(len(candidates_C4), np.int64)
+    area_C = np.prod(candidates_C4[:, 2:] - candidates_C4[:, :2], axis=1)
+    for true_4 in true_N4:
+        shared_C2 = np.minimum(candidates_C4[:, 2:], true_4[2:]) - np.maximum(candidates_C4[:, :2], true_4[:2])
+        shared_C = np.prod(np.maximum(shared_C2, 0), axis=1)
+        hits_C += 3 * shared_C >= area_C + np.prod(true_4[2:] - true_4[:2])  # shared / union >= 1/2
+    best = int(hits_C.argmax())
+    return tuple(int(edge) for edge in candidates_C4[best]), float(hits_C[best] / len(true_N4))

@@ -1,0 +1,52 @@
+"""What a training run is told: one frozen dataclass, saved with every checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from puna.errors import PunaError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimization and bookkeeping of one stage. A step is `rows` rows of the stage's sequence length."""
+
+    steps: int = 100
+    rows: int = 8  # rows per optimizer step
+    accumulate: int = 1  # micro-batches per step; rows must divide by it
+    lr: float = 3e-3  # peak learning rate of matrices
+    lr_embedding: float = 1.0  # multipliers on lr for the other groups
+    lr_vector: float = 1.0
+    lr_router: float = 1.0
+    lr_vision: float = 1.0
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    warmup: int = 20  # steps
+    decay: float = 0.2  # last fraction of the steps
+    floor: float = 0.05  # final learning rate / peak
+    clip: float = 1.0  # global gradient norm
+    balance: float = 1e-2  # update of the router's selection bias per step; 0: none
+    max_skips: int = 5  # consecutive non-finite steps before the run stops
+    compute_dtype: str = "auto"  # auto | bfloat16 | float32
+    threads: int = 0  # 0: all cores
+    slice: int = 1024  # positions per slice of the loss
+    checkpoint_every: int = 200
+    keep: int = 2  # checkpoints kept of an unfinished stage
+    eval_every: int = 100
+
+    def __post_init__(self):
+        for name in ("steps", "rows", "accumulate", "slice", "checkpoint_every", "keep", "eval_every", "max_skips"):
+            if getattr(self, name) < 1:
+                raise PunaError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.rows % self.accumulate:
+            raise PunaError(f"train.rows {self.rows} must divide by train.accumulate {self.accumulate}")
+        for name in ("lr", "clip", "eps"):
+            if not getattr(self, name) > 0:
+                raise PunaError(f"train.{name} must be positive, got {getattr(self, name)}")
+        for name in ("decay", "floor", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise PunaError(f"train.{name} must lie in 0..1, got {getattr(self, name)}")
+        if self.compute_dtype not in ("auto", "bfloat16", "float32"):
+            raise PunaError(f"train.compute_dtype must be auto, bfloat16 or float32, got {self.compute_dtype!r}")

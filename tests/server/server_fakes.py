@@ -1,0 +1,142 @@
+"""A stand-in for the engine with its interface (submit -> a handle that yields events), scripted by the tests; and
+what they send."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import queue
+import socket
+import threading
+import time
+from dataclasses import dataclass
+
+import uvicorn
+from PIL import Image
+
+from puna.errors import PunaError
+from puna.serve import create_app
+
+
+@dataclass(frozen=True)
+class FakeEvent:
+    text: str
+    token: int | None
+    finish_reason: str | None = None
+
+
+class FakeHandle:
+    def __init__(self, prompt_tokens, make):
+        self.prompt_tokens = prompt_tokens
+        self.aborted = threading.Event()
+        self.events = queue.Queue()
+        threading.Thread(target=make, args=(self,), daemon=True).start()
+
+    def __iter__(self):
+        while (event := self.events.get()) is not None:
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+    def abort(self):
+        self.aborted.set()
+
+
+class FakeEngine:
+    """Answers with `script(messages)`: text cut into pieces, one a token, `pause` seconds apart. An Exception in
+    place of text is raised in the middle of the answer. `submitted` keeps (messages, sampling, handle) of every
+    request."""
+
+    def __init__(self, script=lambda messages: "Hello there.", pause=0.0, context=1000):
+        self.script, self.pause, self.context = script, pause, context
+        self.submitted = []
+        self.alive = True
+
+    def submit(self, messages, sampling):
+        prompt = sum(len(p.get("text", "....")) for m in messages for p in m["content"])
+        if prompt + sampling.max_tokens > self.context:
+            raise PunaError(f"{prompt} prompt tokens and max_tokens do not fit in the context of {self.context}")
+        answer = self.script(messages)
+        handle = FakeHandle(prompt, lambda h: self._make(h, answer, sampling))
+        self.submitted.append((messages, sampling, handle))
+        return handle
+
+    def _make(self, handle, answer, sampling):
+        broken = isinstance(answer, Exception)
+        pieces = ["Half of "] if broken else [answer[i : i + 4] for i in range(0, len(answer), 4)]
+        reason = "stop"
+        for number, piece in enumerate(pieces):
+            if handle.aborted.is_set():
+                reason = "abort"
+                break
+            if number >= sampling.max_tokens:
+                reason = "length"
+                break
+            time.sleep(self.pause)
+            handle.events.put(FakeEvent(piece, number))
+        handle.events.put(answer if broken else FakeEvent("", None, reason))
+        handle.events.put(None)
+
+
+@contextlib.contextmanager
+def running(app):
+    """The app in uvicorn on a free port of the loopback; yields its URL."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        until(lambda: server.started)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def until(condition, seconds=10.0):
+    """Waits until condition() holds; fails after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true in time"
+        time.sleep(0.01)
+
+
+def make_app(engine=None, **options):
+    facts = {"parameters": 12_345_678, "active_parameters": 4_100_000, "context": 1000, **options}
+    return create_app(engine or FakeEngine(), "tiny", "0123456789abcdef" * 4, **facts)
+
+
+def data_url(picture=None, kind="png", size=(8, 6), **options):
+    picture = picture or Image.new("RGB", size, (200, 40, 30))
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def ask(text="Hello", **fields):
+    """A request's JSON; `text` may be a list of content parts."""
+    return {"messages": [{"role": "user", "content": text}], **fields}
+
+
+def show(url, text="What is this?"):
+    parts = [{"type": "image_url", "image_url": {"url": url}}]
+    return ask(parts + ([{"type": "text", "text": text}] if text else []))
+
+
+PATH = "/v1/chat/completions"
+
+
+def refused(response, status, param=None, says=""):
+    """The response is an error in OpenAI's shape, with this status, naming this field."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "\n" not in error["message"] and "Traceback" not in error["message"] and "0x" not in error["message"]
+    if param is not None:
+        assert error["param"] == param, error
+    assert says in error["message"], error
+    return error

@@ -1,0 +1,83 @@
+"""Stopping a server: running answers are finished, new ones are not begun, and it ends within its time."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from server_fakes import PATH, ask
+
+from puna.errors import PunaError
+from puna.serve.api import listen
+
+HERE = Path(__file__).parent
+SCRIPT = """
+import sys
+from server_fakes import FakeEngine, make_app
+from puna.serve.api import listen, run
+from puna.serve.limits import Limits
+app = make_app(FakeEngine(lambda m: "word " * int(sys.argv[1]), pause=0.05, context=5000), limits=Limits.from_env())
+run(app, listen("127.0.0.1", 0))
+print("closed in order")
+"""
+
+
+@contextmanager
+def server(words, **environment):
+    source = str(HERE.parents[1] / "src")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), source]), **environment}
+    command = [sys.executable, "-c", SCRIPT, str(words)]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process, int(process.stdout.readline().split(" (")[0].rpartition(":")[2])
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def begin(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("POST", PATH, json.dumps(ask(stream=True)), {"content-type": "application/json"})
+    response = connection.getresponse()
+    assert response.status == 200 and b"assistant" in response.readline()
+    return connection, response
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_running_answers_are_finished(number):
+    with server(words=20) as (process, port):
+        connection, response = begin(port)
+        process.send_signal(number)
+        time.sleep(0.3)
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        text = response.read().decode()
+        connection.close()
+        assert text.rstrip().endswith("[DONE]") and '"finish_reason":"stop"' in text
+        assert process.wait(10) == 0 and process.stdout.read() == "closed in order\n"
+
+
+def test_drain_seconds_is_the_longest_wait():
+    with server(words=1000, PUNA_MAX_DRAIN_SECONDS="1") as (process, port):
+        connection, _ = begin(port)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        assert 0.5 < time.monotonic() - began < 5
+        connection.close()
+
+
+def test_taken_or_impossible_addresses():
+    with listen("127.0.0.1", 0) as taken, pytest.raises(PunaError, match="choose another --port"):
+        listen("127.0.0.1", taken.getsockname()[1])
+    for host, port in [("127.0.0.1", 99_999), ("no.such.host.invalid", 8000)]:
+        with pytest.raises(PunaError, match="cannot listen on"):
+            listen(host, port)
