@@ -227,7 +227,7 @@ PICTURE = {"type": "image", "image": Image.new("RGB", (4, 4))}
             [OK, {"role": "assistant", "content": "x", "tool_calls": [{}]}],
             "message 2 has the unsupported key 'tool_calls'",
         ),
-        ([{"role": "user", "content": "\ud800"}], "surrogate"),
+        ([OK, {"role": "assistant", "content": "\ud800"}], "message 2: .*surrogate at character 0"),
     ],
 )
 def test_mistakes_name_the_message(tiny_processor, messages, said):

@@ -1,4 +1,5 @@
-"""Packing invariants: every token once and in order, documents on their chunks, little padding, nothing cut in a picture."""
+"""Packing invariants: every token once and in order, documents on their chunks, little padding, nothing cut in a
+picture."""
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ PAD, IMAGE_START, IMAGE_END = 0, 1, 2
 
 
 def document(number: int, length: int) -> Encoded:
-    """A document whose tokens say which one it is and where: 1000 * number + place + 1000."""
+    """A document whose tokens say which one it is and where: 100,000 * (number + 1) + place."""
     tokens = np.arange(length, dtype=np.int32) + 100_000 * (number + 1)
     return Encoded(tokens, np.arange(length) % 3 != 0, [])
 
@@ -69,7 +70,7 @@ def with_pictures(number: int, parts: list[int]) -> Encoded:
         if part > 0:
             tokens += [10] * part
         else:
-            tokens += [IMAGE_START] + [3] * (-part - 2) + [IMAGE_END]
+            tokens += [IMAGE_START] + [1000 * (number + 1) + i] * (-part - 2) + [IMAGE_END]
             pictures.append((number, i))
     return Encoded(np.array(tokens, np.int32), np.array(tokens) == 10, pictures)
 
@@ -83,14 +84,12 @@ def test_pictures_stay_whole_and_in_order(parts):
     for r in range(len(rows)):
         count = 0
         for _, _, tokens, _ in (piece for piece in pieces(rows) if piece[0] == r):
-            depth = np.cumsum((tokens == IMAGE_START).astype(int) - np.roll(tokens == IMAGE_END, 1))
-            assert (tokens == IMAGE_START).sum() == (tokens == IMAGE_END).sum() and depth.min() >= 0
+            starts, ends = np.flatnonzero(tokens == IMAGE_START), np.flatnonzero(tokens == IMAGE_END)
+            assert len(starts) == len(ends) and (starts < ends).all(), "every picture is whole"
             count += int((tokens == IMAGE_START).sum())
         assert count == len(rows.pictures[r])
-        # In a row, pictures of one document keep their order.
-        for number in {p[0] for p in rows.pictures[r]}:
-            places = [p[1] for p in rows.pictures[r] if p[0] == number]
-            assert len(places) == 1 or sorted(places) == sorted(set(places))
+        middles = rows.tokens[r][np.flatnonzero(rows.tokens[r] == IMAGE_START) + 1]
+        assert [divmod(int(m) - 1000, 1000) for m in middles] == rows.pictures[r], "pictures in the order of tokens"
         seen += rows.pictures[r]
     assert sorted(seen) == sorted(p for doc in docs for p in doc.pictures)
     assert rows.token_count == sum(len(doc.tokens) for doc in docs)
@@ -111,7 +110,7 @@ def lognormal(mean: float, seed: int = 0, n: int = 600) -> list[Encoded]:
     return [document(i, int(size)) for i, size in enumerate(sizes)]
 
 
-@pytest.mark.parametrize("mean", [3.0, 4.5, 5.5, 6.5])
+@pytest.mark.parametrize("mean", [3.0, 4.5, 5.0, 6.5])
 @pytest.mark.parametrize("T, chunk", [(128, 128), (512, 128), (512, 256)])
 def test_little_padding_on_varied_documents(mean, T, chunk):  # noqa: N803
     assert pack(lognormal(mean), T, chunk, PAD).padding_share <= 0.10
@@ -137,6 +136,7 @@ def test_deterministic_and_not_sorted():
     place = np.arange(len(per_row))
     assert abs(np.corrcoef(place, per_row)[0, 1]) < 0.2
     # Nor does a chunk hold its documents from long to short.
+    a = pack(docs, 128, 128, PAD)
     rising = falling = 0
     for r in range(len(a)):
         sizes = np.bincount(a.doc_ids[r][a.doc_ids[r] >= 0])

@@ -106,6 +106,8 @@ def _conversation(messages: object, where: str) -> list[dict]:
             raise PunaError(f'{where}: each message needs a "role": system, user, assistant or tool')
         if not isinstance(message.get("content"), str):
             raise PunaError(f'{where}: each message needs "content" that is text')
+        if message["role"] in ("system", "user") and not message["content"].strip():
+            raise PunaError(f"{where}: a {message['role']} message is empty")
     if not any(message["role"] == "assistant" for message in messages):
         raise PunaError(f"{where}: no assistant message, so there is nothing to learn")
     return messages

@@ -212,7 +212,7 @@ def make_task(name: str, processor: Processor, seq_len: int, options: Mapping[st
     options = dict(options)
     if name == "needle":
         room = len(
-            processor.encode_chat([{"role": "user", "content": ""}, {"role": "assistant", "content": "12345"}]).tokens
+            processor.encode_chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": "12345"}]).tokens
         )
         # The question is counted alone; between header and text a merge or two may fall otherwise.
         options.setdefault("length", seq_len - room - 4)

@@ -31,7 +31,7 @@ from PIL import Image
 
 from puna.errors import PunaError
 from puna.processor.image import ImageProcessor
-from puna.processor.tokenizer import Tokenizer
+from puna.processor.tokenizer import Tokenizer, check_text
 
 HEADERS = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}
 _KEYS = {"role", "content", "name", "tool_call_id"}  # the last two are of other formats and say nothing to Llama 4
@@ -120,7 +120,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[dict], generation_prompt: bo
     for number, (message, role) in enumerate(zip(messages, roles, strict=True), 1):
         learn = role == "assistant"
         yield from _header(tokenizer, role)
-        for part in _parts(message["content"], role, number):
+        for part in _parts(message.get("content"), role, number):
             yield Segment("text" if isinstance(part, str) else "picture", part, learn)
         calls_tool = learn and roles[number : number + 1] == ["tool"]
         yield Segment("control", tokenizer.eom if calls_tool else tokenizer.eot, learn)
@@ -163,6 +163,12 @@ def _parts(content: object, role: str, number: int) -> list:
                 parts.append(part)
     else:
         raise PunaError(f"message {number}: content must be a string or a list of parts, not {type(content).__name__}")
+    for part in parts:
+        if isinstance(part, str):
+            try:
+                check_text(part)
+            except PunaError as error:
+                raise PunaError(f"message {number}: {error}") from error
     # An assistant may have nothing to say and a tool nothing to report; the others' messages must hold something.
     if role in ("system", "user") and not any(not isinstance(part, str) or part.strip() for part in parts):
         raise PunaError(f"message {number} is empty: give it some text" + (" or a picture" if role == "user" else ""))

@@ -151,7 +151,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of untrusted `text`: control strings in it become ordinary tokens, never control ids; no bos is added."""
         ids: list[int] = []
-        for piece in _pieces(_unicode(text)):
+        for piece in _pieces(check_text(text)):
             ids += self._inner.encode(piece, add_special_tokens=False).ids
         return ids
 
@@ -160,7 +160,7 @@ class Tokenizer:
         pieces: list[str] = []
         counts: list[int] = []
         for text in texts:
-            parts = list(_pieces(_unicode(text)))
+            parts = list(_pieces(check_text(text)))
             pieces += parts
             counts.append(len(parts))
         encoded = (piece.ids for piece in self._inner.encode_batch_fast(pieces, add_special_tokens=False))
@@ -260,8 +260,8 @@ def _byte_table(vocab: dict[str, int], special: dict[str, int]) -> list[bytes]:
     return table
 
 
-def _unicode(text: str) -> str:
-    """`text` itself if it can be written as UTF-8."""
+def check_text(text: str) -> str:
+    """`text` itself if it is a string that UTF-8 can write, else `PunaError`."""
     if not isinstance(text, str):
         raise PunaError(f"text must be a string, not {type(text).__name__}")
     try:
@@ -277,7 +277,7 @@ def _checked(texts: Iterable[str]) -> Iterator[str]:
     if isinstance(texts, str):
         raise PunaError("texts must be an iterable of documents, not one string")
     for text in texts:
-        yield from _pieces(_unicode(text))
+        yield from _pieces(check_text(text))
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -1,0 +1,181 @@
+"""The one training loop. A stage gives it data, a loss term and a schedule; it does the rest, and nothing else does.
+
+    for step in range(done, steps):
+        bias of the router (faded)  ->  learning rate  ->  batches(step)  ->  train_step  ->  metrics
+        every so often: evaluate, checkpoint; on SIGTERM or SIGINT: checkpoint and stop
+
+Killed at any moment, the same call goes on from the newest whole checkpoint and ends in bitwise equal weights (same
+threads, torch and CPU). A non-finite step changes nothing and is reported; several in a row stop the run.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puna.data import Batch
+from puna.errors import PunaError
+from puna.model import Llama4
+from puna.optim.adamw import build_adamw, set_lr
+from puna.optim.schedule import anneal, wsd
+from puna.train import checkpoint
+from puna.train.config import TrainConfig
+from puna.train.metrics import Display, MetricsFile
+from puna.train.step import Balancer, train_step
+from puna.train.terms import NextToken, Term
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal, has saved a checkpoint, and can be resumed."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; the same command goes on from here")
+        self.code = 128 + number
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`run(model)` -> {name: value}, called every `every` steps and after the last one."""
+
+    name: str
+    every: int
+    run: Callable[[Llama4], dict[str, float]]
+
+
+@dataclass
+class Job:
+    """One stage to be trained: what the loop needs and nothing of how it was made."""
+
+    name: str
+    folder: Path
+    model: Llama4
+    processor: Any
+    source: Callable[[int], Batch]  # step -> the whole step's batch; micro-batches are cut from it
+    train: TrainConfig
+    record: dict  # resolved configuration, saved in run.json; record["model"] is the model's
+    term: Term = field(default_factory=NextToken)
+    evaluations: tuple[Evaluation, ...] = ()
+    quiet: bool = False
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bfloat16 where the machine multiplies it natively, else float32."""
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+@contextmanager
+def _signals():
+    """Collects SIGTERM and SIGINT instead of dying in the middle of a step (main thread only)."""
+    received: list[int] = []
+    previous = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, lambda n, _: received.append(n))
+    except ValueError:  # not the main thread: the caller's business
+        pass
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train(job: Job) -> Llama4:
+    """Trains (or finishes) a job; returns its model, in evaluation mode, without the router's bias.
+
+    Errors: PunaError when `max_skips` steps in a row are not finite or a checkpoint cannot be written;
+    Stopped after a signal. In each case the last good checkpoint is intact.
+    """
+    config, model = job.train, job.model
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    optimizer = build_adamw(
+        model, config.lr, config.weight_decay, (config.beta1, config.beta2), config.eps,
+        {group: getattr(config, f"lr_{group}") for group in ("embedding", "vector", "router", "vision")},
+    )  # fmt: skip
+    balancer = Balancer(model, config.balance)
+    run = checkpoint.resume(job.folder, model, optimizer, balancer)
+    done = run["step"] if run else 0
+    model.compute_dtype = compute_dtype(config.compute_dtype, model.tok_embeddings.weight.device)
+    if run and run["finished"]:
+        return _finish(model, balancer)
+    metrics = MetricsFile(job.folder / "metrics.jsonl", done)
+    display = Display(job.name, config.steps, done, job.quiet)
+    try:
+        with _signals() as received:
+            _steps(job, optimizer, balancer, done, metrics, display, received)
+    finally:
+        metrics.close()
+        display.close()
+    return _finish(model, balancer)
+
+
+def _finish(model: Llama4, balancer: Balancer) -> Llama4:
+    balancer.detach()
+    return model.eval()
+
+
+def _steps(job: Job, optimizer, balancer, done: int, metrics, display, received: list[int]) -> None:
+    config, model = job.train, job.model
+    skips, start = 0, time.perf_counter()
+    for step in range(done, config.steps):
+        begin = time.perf_counter()
+        model.train()
+        balancer.apply(anneal(step, config.steps))
+        multiplier = wsd(step, config.steps, config.warmup, config.decay, config.floor)
+        set_lr(optimizer, multiplier)
+        batch = job.source(step)
+        waited = time.perf_counter() - begin
+        result = train_step(model, optimizer, batch.split(config.accumulate), job.term, config.clip, config.slice)
+        if not result.skipped:
+            balancer.adjust()
+        seconds = time.perf_counter() - begin
+        metrics.write(
+            step=step, loss=result.loss, lr=config.lr * multiplier, grad_norm=result.grad_norm, tokens=result.tokens,
+            valid=result.valid, seconds=seconds, waited=waited, skipped=result.skipped, sources=batch.sources,
+            **result.metrics,
+        )  # fmt: skip
+        left = (time.perf_counter() - start) / (step + 1 - done) * (config.steps - step - 1)
+        display.step(step + 1, result.loss, result.tokens / seconds, left)
+        skips = skips + 1 if result.skipped else 0
+        if result.skipped:
+            display.note(f"{job.name}: step {step} skipped, loss {result.loss} and gradient norm {result.grad_norm}")
+        if skips >= config.max_skips:
+            raise PunaError(
+                f"{job.name}: {skips} steps in a row were not finite (last: step {step}); nothing of them was kept. "
+                "Lower train.lr or look at the data, then run again"
+            )
+        last = step + 1 == config.steps
+        _evaluate(job, balancer, step + 1, last, metrics, display)
+        if last or received or (step + 1) % config.checkpoint_every == 0:
+            checkpoint.save(
+                job.folder, step + 1, last, job.record, model, job.processor, optimizer, balancer
+            )  # fmt: skip
+            checkpoint.prune(job.folder, 1 if last else config.keep)
+        if received and not last:
+            raise Stopped(received[0], step)
+
+
+def _evaluate(job: Job, balancer, done: int, last: bool, metrics, display) -> None:
+    due = [e for e in job.evaluations if last or done % e.every == 0]
+    if not due:
+        return
+    balancer.detach()
+    job.model.eval()
+    for evaluation in due:
+        values = evaluation.run(job.model)
+        metrics.write(step=done, eval=evaluation.name, **values)
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        display.note(f"{job.name}  step {done}  {evaluation.name}: {shown}")

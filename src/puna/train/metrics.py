@@ -1,0 +1,87 @@
+"""metrics.jsonl: the truth about a run, one JSON object a line, always written; and the display that shows it live.
+
+A resumed run drops the lines of the steps it is about to repeat, so that every step appears once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class MetricsFile:
+    """Appends to `path`; opened at `step`, it keeps only the lines of earlier steps."""
+
+    def __init__(self, path: Path, step: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read(path) if line["step"] < step or ("eval" in line and line["step"] <= step)]
+        work = path.with_suffix(".tmp")
+        with open(work, "w", encoding="utf-8") as handle:
+            handle.writelines(json.dumps(line) + "\n" for line in kept)
+        os.replace(work, path)
+        self._handle = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+
+    def write(self, **values) -> None:
+        """One line, visible to readers at once."""
+        self._handle.write(json.dumps(values) + "\n")
+        self._handle.flush()
+
+    def close(self) -> None:
+        self._handle.close()
+
+
+def read(path: Path) -> list[dict]:
+    """All whole lines of a metrics file; a line cut off by a crash is left out."""
+    lines = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict) and isinstance(value.get("step"), int):
+                lines.append(value)
+    return lines
+
+
+class Display:
+    """A live progress bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, name: str, steps: int, done: int = 0, quiet: bool = False):
+        self.name, self.steps, self.quiet = name, steps, quiet
+        self.console = Console(stderr=True, highlight=False)
+        self.live = not quiet and self.console.is_terminal
+        self._last = 0.0
+        if self.live:
+            self.bar = Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.fields[text]}"), TimeElapsedColumn(), TimeRemainingColumn(), console=self.console,
+            )  # fmt: skip
+            self.task = self.bar.add_task(name, total=steps, completed=done, text="")
+            self.bar.start()
+
+    def step(self, step: int, loss: float, rate: float, eta: float) -> None:
+        """`step` steps are done; rate in tokens per second, eta in seconds."""
+        text = f"loss {loss:.3f}  {rate:,.0f} tok/s"
+        if self.live:
+            self.bar.update(self.task, completed=step, text=text)
+        elif not self.quiet and (time.monotonic() - self._last > 10 or step == self.steps):
+            self._last = time.monotonic()
+            print(f"{self.name}  step {step}/{self.steps}  {text}  ETA {eta / 60:.1f} min", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if self.live:
+            self.bar.console.print(text)
+        elif not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.live:
+            self.bar.stop()
