@@ -156,10 +156,10 @@ def scene(mode: str = "RGB") -> Image.Image:
     return picture.convert(mode)
 
 
-MODES = "PNG RGB, JPEG RGB, WEBP RGB, GIF P, JPEG CMYK, PNG P, PNG L, PNG 1, JPEG L".split(", ")
+MODES = [("PNG", "RGB"), ("JPEG", "RGB"), ("WEBP", "RGB"), ("GIF", "P"), ("JPEG", "CMYK"), ("PNG", "P"), ("PNG", "L")]
 
 
-@pytest.mark.parametrize(("kind", "mode"), [mode.split() for mode in MODES])
+@pytest.mark.parametrize(("kind", "mode"), [*MODES, ("PNG", "1"), ("JPEG", "L")])
 def test_formats_and_modes(kind, mode, tmp_path):
     data = packed(scene(mode), kind)
     (tmp_path / "picture").write_bytes(data)

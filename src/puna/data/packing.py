@@ -239,7 +239,7 @@ class _Packer:
             piece.rank = rank
         for i in sorted(range(len(pool)), key=lambda i: (-len(pool[i].tokens), i)):
             need = len(pool[i].tokens)
-            strip = self.open_strips.fit(need) if need <= self.chunk else None
+            strip = self.open_strips.fit(need)  # a long document finds none: no strip has a whole chunk left
             if strip is None:
                 chunks = -(-need // self.chunk)
                 strip = Strip(chunks, chunks * self.chunk)

@@ -33,7 +33,7 @@ from puna.processor import Encoded, Processor
 
 GROUP = 256  # documents encoded at once
 ITEMS = 4096  # documents of an endless source, where its options don't say
-Progress = Callable[[str, int, int | None], None]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def build(
     """Packed rows of every source of `config` with a positive weight.
 
     chunk: the model's attention chunk. cache_dir: where packed rows are kept (None: only in memory). progress(name,
-    done, total): called as documents are encoded; total is None where it isn't known; done == total at the end. split:
-    "train" or "val". PunaError: unknown source or option, nothing in a source, damaged files.
+    done, total): called as documents are encoded; done == total at the end. split: "train" or "val". PunaError:
+    unknown source or option, nothing in a source, damaged files.
     """
     for name in config.used:
         _check(name, config.options.get(name, {}))
@@ -106,6 +106,22 @@ def build(
             progress(name, rows.documents, rows.documents)
         result[name] = rows
     return result
+
+
+def summary(built: Mapping[str, PackedRows]) -> dict[str, dict[str, float]]:
+    """Per source: rows, documents, dropped, tokens and loss_tokens (padding not counted), pictures, padding_share."""
+    return {
+        name: {
+            "rows": len(rows),
+            "documents": rows.documents,
+            "dropped": rows.dropped,
+            "tokens": rows.token_count,
+            "loss_tokens": rows.loss_count,
+            "pictures": sum(map(len, rows.pictures)),
+            "padding_share": rows.padding_share,
+        }
+        for name, rows in built.items()
+    }
 
 
 def fingerprint(name: str, config: DataConfig, processor: Processor, chunk: int, split: str = "train") -> str:
@@ -188,7 +204,7 @@ def _build(
     return rows
 
 
-def _encoded(name: str, config: DataConfig, processor: Processor, split: str) -> tuple[Iterable[Encoded], int | None]:
+def _encoded(name: str, config: DataConfig, processor: Processor, split: str) -> tuple[Iterable[Encoded], int]:
     """A source's documents, encoded a group at a time, and how many there are."""
     options = dict(config.options.get(name, {}))
     if name == "captions":
@@ -257,7 +273,7 @@ def _in_groups(documents: Iterable, encode: Callable[[list], list[Encoded]]) -> 
         yield from encode(group)
 
 
-def _reported(encoded: Iterable[Encoded], name: str, total: int | None, progress: Progress | None) -> Iterator[Encoded]:
+def _reported(encoded: Iterable[Encoded], name: str, total: int, progress: Progress | None) -> Iterator[Encoded]:
     """The same documents, telling how many have passed."""
     for done, document in enumerate(encoded):
         if progress is not None and done % GROUP == 0:

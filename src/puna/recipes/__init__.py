@@ -1,0 +1,31 @@
+"""Recipes: functions that return one frozen RunConfig, named for the model they raise. Copy one and own it."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+from puna.errors import PunaError
+from puna.fields import nearest
+from puna.recipes.nano import nano_maverick, nano_scout
+from puna.stages import RunConfig
+
+RECIPES = {f.__name__: f for f in (nano_scout, nano_maverick)}
+
+
+def get(name: str) -> RunConfig:
+    """The recipe called `name`, or the one that function `recipe()` of a .py file returns.
+
+    Errors: PunaError with the nearest valid name; a file without a recipe() that returns a RunConfig.
+    """
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise PunaError(f"there is no recipe file {name}")
+        made = runpy.run_path(name).get("recipe")
+        config = made() if callable(made) else None
+        if not isinstance(config, RunConfig):
+            raise PunaError(f"{name} must define a function recipe() that returns a RunConfig")
+        return config
+    if name not in RECIPES:
+        raise PunaError(f"unknown recipe {name!r}; did you mean {nearest(name, RECIPES)!r}?")
+    return RECIPES[name]()

@@ -1,0 +1,74 @@
+"""What all stages share: data, the model to start from, and handing a Job to the one loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from puna import convert
+from puna.data import Batches, Mixture, build
+from puna.errors import PunaError
+from puna.eval import bpb_evaluation
+from puna.fields import to_dict
+from puna.model import Llama4, ModelConfig
+from puna.processor import Processor
+from puna.stages.config import StageRun
+from puna.train import Evaluation, Job, checkpoint, train
+from puna.train.metrics import Display
+
+
+def fit_model(config: ModelConfig, processor: Processor) -> ModelConfig:
+    """The configuration with what only the processor knows: vocabulary size and the patch token's id."""
+    tokenizer, image = processor.tokenizer, processor.image
+    if config.vision and image is None:
+        raise PunaError("the model has a vision tower, but the processor has no image part: give processor.json")
+    if config.vision and image.tile != config.vision.image_size:
+        raise PunaError(f"processor tiles are {image.tile} px, model.vision.image_size is {config.vision.image_size}")
+    return dataclasses.replace(config, vocab_size=tokenizer.vocab_size, patch_token=tokenizer.patch)
+
+
+def start_model(run: StageRun, processor: Processor, init: str | Path | None) -> Llama4:
+    """The model of `init` (fp32 master weights), or a new one from the run's seed."""
+    if init is None:
+        return Llama4(fit_model(run.model, processor), seed=run.seed)
+    model, _ = convert.load(init, dtype=torch.float32)
+    return model
+
+
+def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Path | None = None,
+              validation: Mapping[str, list[str]] | None = None, quiet: bool = False) -> Llama4:  # fmt: skip
+    """Trains one stage in `folder`/<stage>, or goes on with it; returns the finished model.
+
+    init: what to start from where the stage has no checkpoint of its own. validation: texts by language for bits per
+    byte during training. Errors: PunaError, with nothing half-written.
+    """
+    model = start_model(run, processor, init)
+    display = Display(run.stage, 1, quiet=quiet)
+
+    def progress(name: str, done: int, total: int | None) -> None:
+        if done == total:
+            display.note(f"{run.stage}: data {name}, {done:,} documents")
+
+    display.close()
+    if run.data.seq_len > model.config.max_context:
+        raise PunaError(f"data.seq_len {run.data.seq_len} exceeds the model's max_context {model.config.max_context}")
+    sources = build(run.data, processor, model.config.chunk, folder / "data", progress)
+    mixture = Mixture(run.data.weights, {name: len(rows) for name, rows in sources.items()}, run.data.seed)
+    batches = Batches(sources, mixture, processor, run.train.rows, steps=run.train.steps, seed=run.data.seed)
+    evaluations = ()
+    if validation:
+        evaluate = bpb_evaluation(processor, validation, window=run.data.seq_len)
+        evaluations = (Evaluation("bpb", run.train.eval_every, evaluate),)
+    record = to_dict(run) | {"model": model.config.to_dict(), "init": None if init is None else str(init)}
+    job = Job(run.stage, folder / run.stage, model, processor, batches, run.train, record, evaluations=evaluations,
+              quiet=quiet)  # fmt: skip
+    return train(job)
+
+
+def is_finished(folder: Path, stage: str) -> bool:
+    """Whether a stage's newest checkpoint is its last."""
+    run = checkpoint.newest(folder / stage)
+    return bool(run and run["finished"])

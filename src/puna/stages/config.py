@@ -1,0 +1,76 @@
+"""What a run is: one frozen RunConfig, a recipe's only product; a StageRun is its view for one stage.
+
+    RunConfig   name, model, tokenizer, pretrain, midtrain, sft, eval        `puna raise`
+    StageRun    the same with one stage's data and train on top               `puna pretrain`, `--train.steps 100`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from puna.data import DataConfig
+from puna.errors import PunaError
+from puna.eval import EvalConfig
+from puna.model import ModelConfig
+from puna.train import TrainConfig
+
+STAGES = ("pretrain", "midtrain", "sft")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How a run's tokenizer is trained: BPE on equal shares of each language and of code."""
+
+    vocab_size: int = 4096
+    special: str = "compact"
+    digits: str = "single"
+    chars: int = 300_000  # characters of each language
+    code_chars: int = 500_000
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage: what it reads and how it is optimised."""
+
+    data: DataConfig
+    train: TrainConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole life."""
+
+    name: str
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    pretrain: StageConfig
+    midtrain: StageConfig
+    sft: StageConfig
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    seed: int = 0
+    minutes: float = 12.0  # what the recipe's steps are made for ...
+    speed: float = 5000.0  # ... at so many pre-training tokens per second
+
+    def stage(self, name: str) -> StageRun:
+        """The view of one stage."""
+        if name not in STAGES:
+            raise PunaError(f"unknown stage {name!r}: choose from {', '.join(STAGES)}")
+        part: StageConfig = getattr(self, name)
+        return StageRun(name, self.name, self.model, self.tokenizer, part.data, part.train, self.seed)
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of a run."""
+
+    stage: str
+    name: str
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    train: TrainConfig
+    seed: int = 0
+
+    def with_model(self, model: ModelConfig) -> StageRun:
+        return dataclasses.replace(self, model=model)

@@ -1,0 +1,16 @@
+"""Pre-training: interleaved text, code and pictures from the first step (early fusion), next-token prediction on all
+of it; pictures are read, never predicted. It starts from new weights unless `init` names a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from puna.model import Llama4
+from puna.processor import Processor
+from puna.stages.common import run_stage
+from puna.stages.config import StageRun
+
+
+def pretrain(run: StageRun, folder: Path, processor: Processor, init: str | Path | None = None, **options) -> Llama4:
+    """Trains `folder`/pretrain; options as in `run_stage`."""
+    return run_stage(run, folder, processor, init, **options)

@@ -1,0 +1,35 @@
+"""A run's tokenizer: BPE on equal characters of every language and of code, so that no language swallows the merges."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from puna import nursery
+from puna.data.sources import texts
+from puna.model import VisionConfig
+from puna.processor import ImageProcessor, Processor, Tokenizer
+from puna.stages.config import TokenizerConfig
+
+MAX_TILES = 4  # of a nano's pictures; Llama 4's own limit is 16
+
+
+def training_text(config: TokenizerConfig, seed: int = 0):
+    """Documents to learn merges from."""
+    languages = (texts(f"text/{lang}", max_chars=config.chars, seed=seed) for lang in nursery.LANGUAGES)
+    names = [", ".join(concept.names.values()) for concept in nursery.concepts()]
+    code = texts("code", max_chars=config.code_chars, seed=seed)
+    return itertools.chain(names, code, itertools.chain.from_iterable(languages))
+
+
+def make_processor(config: TokenizerConfig, vision: VisionConfig | None, folder: Path, seed: int = 0) -> Processor:
+    """The processor in `folder`, trained there first if it is missing."""
+    if (folder / "tokenizer.json").is_file() and (folder / "processor.json").is_file():
+        return Processor.load(folder)
+    tokenizer = Tokenizer.train(
+        training_text(config, seed), config.vocab_size, special=config.special, digits=config.digits
+    )
+    image = ImageProcessor(vision.image_size, vision.patch_size, MAX_TILES) if vision else None
+    processor = Processor(tokenizer, image)
+    processor.save(folder)
+    return processor
