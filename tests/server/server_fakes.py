@@ -55,7 +55,7 @@ class FakeEngine:
 
     def submit(self, messages, sampling):
         prompt = sum(len(p.get("text", "....")) for m in messages for p in m["content"])
-        if prompt + sampling.max_tokens > self.context:
+        if prompt + (sampling.max_tokens or 1) > self.context:
             raise PunaError(f"{prompt} prompt tokens and max_tokens do not fit in the context of {self.context}")
         answer = self.script(messages)
         handle = FakeHandle(prompt, lambda h: self._make(h, answer, sampling))
@@ -70,7 +70,7 @@ class FakeEngine:
             if handle.aborted.is_set():
                 reason = "abort"
                 break
-            if number >= sampling.max_tokens:
+            if number >= (sampling.max_tokens or self.context - handle.prompt_tokens):
                 reason = "length"
                 break
             time.sleep(self.pause)

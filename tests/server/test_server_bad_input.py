@@ -109,6 +109,12 @@ def test_prompt_and_answer_longer_than_the_context(client):
     assert error["code"] == "context_length_exceeded"
 
 
+def test_default_length_gives_way_to_a_long_prompt(client, engine):
+    choice = client.post(PATH, json=ask("a" * 998)).json()["choices"][0]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("length", "Hello th")
+    refused(client.post(PATH, json=ask("a" * 1000)), 400, "messages", "context")
+
+
 def user(content):
     return {"role": "user", "content": content}
 

@@ -45,7 +45,7 @@ MIN_CAPACITY = 64
 
 def local_layers(config: ModelConfig) -> tuple[bool, ...]:
     """For each layer: is it local (RoPE, chunked)? The others are global (NoPE)."""
-    global_ = set(config.nope)
+    global_ = set(config.nope_layers)
     return tuple(layer not in global_ for layer in range(config.n_layers))
 
 

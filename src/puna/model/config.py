@@ -219,7 +219,7 @@ NANO_VISION = VisionConfig(
 def _nano(n_experts: int, moe_step: int, qk_norm: bool, d_model: int = 256, n_layers: int = 4) -> ModelConfig:
     # Two cores: every feature of the architecture, chunk and temperature floor shrunk with the context.
     return ModelConfig(
-        vocab_size=4096, d_model=d_model, n_layers=n_layers, n_heads=d_model // 32, n_kv_heads=2, head_dim=32,
+        vocab_size=4096, d_model=d_model, n_layers=n_layers, n_heads=d_model // 64, n_kv_heads=2, head_dim=64,
         expert_width=2 * d_model, dense_width=4 * d_model, n_experts=n_experts, moe_step=moe_step, qk_norm=qk_norm,
         chunk=256, floor_scale=256, max_context=131072, vision=NANO_VISION,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.model import ops, rope
+from puna.model.attention import attend
 from puna.model.config import VisionConfig
 
 
@@ -32,8 +33,8 @@ class VisionAttention(nn.Module):
             for w in (self.wq, self.wk, self.wv)
         )
         q, k = (rope.rotate(t, rotation).to(v.dtype) for t in (q, k))
-        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
-        return ops.linear(out.transpose(1, 2).flatten(2), self.wo.weight, self.wo.bias)
+        out_NPhd = attend(q, k, v, causal=False)
+        return ops.linear(out_NPhd.flatten(2), self.wo.weight, self.wo.bias)
 
 
 class VisionMLP(nn.Module):

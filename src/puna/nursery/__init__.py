@@ -1,6 +1,6 @@
 """The nursery: real data that ships with puna, at most 12 MB, every source under a free licence.
 
-Text in 12 languages and Python code, 904 things named in 12 languages and drawn by seven artists, and facts about
+Text in 12 languages and Python code, 904 things named in 12 languages and drawn in seven styles, and facts about
 countries. Quick start and tests need nothing else. See docs/data.md; ``python -m puna.nursery.build`` rebuilds it.
 """
 

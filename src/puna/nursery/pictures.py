@@ -8,7 +8,7 @@ row-major order of ``concepts.json``; a sheet is decoded once and cells are cut 
 
 import io
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from PIL import Image
 
@@ -62,7 +62,7 @@ def concepts() -> list[Concept]:
     return list(_table()[0])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sheet(style: str) -> Image.Image:
     with Image.open(io.BytesIO(read_bytes(f"pictures/{style}/sheet.webp"))) as sheet:
         return sheet.convert("RGBA")

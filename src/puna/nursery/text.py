@@ -1,12 +1,13 @@
 """Text and code: documents in 12 languages and Python, each source in its own folder beside its licence.
 
 A document is a page, chapter or file, whole. Validation text is never trained on: the Universal Declaration of Human
-Rights in each language, and one document in fifty of every source, chosen by a hash of its name.
+Rights in each language, and one page in forty of every source, in all its languages,
+chosen by a hash of its name.
 """
 
 import json
 import lzma
-from functools import lru_cache
+from functools import cache
 
 from puna.errors import PunaError
 from puna.nursery.files import LANGUAGES, manifest, read_bytes
@@ -14,7 +15,7 @@ from puna.nursery.files import LANGUAGES, manifest, read_bytes
 SPLITS = ("train", "val")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _documents(language: str, split: str) -> tuple[str, ...]:
     if split not in SPLITS:
         raise PunaError(f"unknown split {split!r}: use train or val")

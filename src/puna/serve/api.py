@@ -127,7 +127,12 @@ def _submit(engine, chat: ChatRequest, card: Card, limits: Limits) -> Answer:
     wanted = {"temperature": chat.temperature, "top_p": chat.top_p, "top_k": chat.top_k, "seed": chat.seed}
     given = {name: value for name, value in wanted.items() if value is not None}
     try:
-        return Answer(engine, messages, Sampling(max_tokens=chat.limit or DEFAULT_TOKENS, stop=chat.stops, **given))
+        if chat.limit is not None:
+            return Answer(engine, messages, Sampling(max_tokens=chat.limit, stop=chat.stops, **given))
+        try:
+            return Answer(engine, messages, Sampling(max_tokens=DEFAULT_TOKENS, stop=chat.stops, **given))
+        except PunaError:  # no room for the default: take the room there is, which is less
+            return Answer(engine, messages, Sampling(max_tokens=None, stop=chat.stops, **given))
     except PunaError as error:
         raise ApiError(
             400, str(error), "messages", "context_length_exceeded" if "context" in str(error) else None

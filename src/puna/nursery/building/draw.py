@@ -10,10 +10,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import resvg_py
 from PIL import Image
 
-from puna.nursery.building.fetch import Packages
+from puna.nursery.building.fetch import Packages, tool
 from puna.nursery.building.selection import NAMING_MAX, is_concept, may_be_named
 from puna.nursery.files import LANGUAGES
 from puna.nursery.pictures import CELL, COLUMNS, STYLE_HELD_OUT, STYLES_TRAIN
@@ -76,7 +75,8 @@ def find(style: str, files: dict[str, Path], concept: str, names: list[str]) -> 
 def render(path: Path, style: str) -> Image.Image:
     """RGBA 64 x 64 of one drawing."""
     if path.suffix == ".svg":
-        png = resvg_py.svg_to_bytes(svg_string=path.read_text("utf-8"), width=192, height=192, skip_system_fonts=True)
+        svg = path.read_text("utf-8")
+        png = tool("resvg_py").svg_to_bytes(svg_string=svg, width=192, height=192, skip_system_fonts=True)
         image = Image.open(io.BytesIO(png)).convert("RGBA")
     else:
         image = Image.open(path).convert("RGBA")
@@ -130,7 +130,7 @@ def mark_naming(rows: list[dict]) -> None:
         and set(row["drawn"]) == {*STYLES_TRAIN, STYLE_HELD_OUT}
     ]
     seen = {language: Counter(row["names"][language].casefold() for row in rows) for language in LANGUAGES}
-    clear = [r for r in candidates if all(seen[language][r["names"][language].casefold()] == 1 for language in LANGUAGES)]
+    clear = [row for row in candidates if all(seen[lang][row["names"][lang].casefold()] == 1 for lang in LANGUAGES)]
     clear.sort(key=lambda row: len(row["names"]["en"].split()))  # one-word names first; the sort is stable
     chosen = {row["id"] for row in clear[:NAMING_MAX]}
     for row in rows:

