@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import tempfile
 
 EXTRAS = ("transformers", "openai", "playwright", "httpx", "hypothesis", "pytest", "datasets", "torchvision")
 PROGRAM = """
@@ -21,12 +20,9 @@ print(len(names), "modules", "cheap" if cheap else "heavy")
 
 
 def import_all(*blocked: str) -> subprocess.CompletedProcess:
-    """Imports every module in a fresh interpreter, in a folder where nothing lies, with `blocked` not importable."""
-    with tempfile.TemporaryDirectory() as nowhere:
-        return subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", PROGRAM, *blocked],
-            capture_output=True, text=True, timeout=300, cwd=nowhere,
-        )  # fmt: skip
+    """Imports every module in a fresh interpreter in which `blocked` are not importable."""
+    command = [sys.executable, "-P", "-W", "ignore", "-c", PROGRAM, *blocked]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_every_module_imports_with_the_core_set():

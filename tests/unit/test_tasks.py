@@ -407,3 +407,17 @@ def test_bad_language_weights_are_errors(make):
     for weights, message in bad:
         with pytest.raises(PunaError, match=message):
             make(weights)
+
+
+def test_facts_by_language_and_kind():
+    source = task("facts", languages={"fr": 1}, kinds=["capital"])
+    items = [*source.items("test"), *(source.item(i) for i in range(30))]
+    assert {(item.meta["lang"], item.meta["kind"]) for item in items} == {("fr", "capital")}
+    france = next(item for item in items if item.meta["subject"] == "France")
+    assert (
+        france.answer == "Paris" and source.grade(france, "paris.") == 1 and source.grade(france, "Paris, France") == 0
+    )
+    langs = [task("facts").item(i).meta["lang"] for i in range(200)]
+    assert 60 < langs.count("en") < 140
+    with pytest.raises(PunaError, match="no facts of kind 'king'"):
+        task("facts", kinds=["king"])

@@ -44,11 +44,23 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[tuple[str, str]]]
 
 
 def apply(values: dict, overrides: list[tuple[str, str]]) -> dict:
-    """Sets each override in `values`, which is changed and returned."""
+    """Sets each override in `values`, which is changed and returned.
+
+    Where a whole mixture is given (`--data.weights '{"file:mine.jsonl": 1}'`), the settings of sources that are no
+    longer in it go with them, unless they were given too.
+    """
+    paths = [path for path, _ in overrides]
     for path, text in overrides:
         if text == "":
             raise PunaError(f"setting --{path} needs a value")
         override(values, path, text)
+        branch, _, last = path.rpartition(".")
+        if last == "weights" and not any(other.startswith(f"{branch}.options") for other in paths):
+            data = values
+            for part in branch.split("."):
+                data = data[part]
+            if isinstance(data["weights"], dict):
+                data["options"] = {k: v for k, v in data["options"].items() if k in data["weights"]}
     return values
 
 
@@ -130,12 +142,16 @@ def claim(path: Path, asked: dict) -> None:
     from puna.processor.files import write_atomic
 
     if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        different = differences(saved, asked)
-        if different:
-            raise PunaError(
-                f"{path.parent} was begun with another {', '.join(different[:4])}: "
-                "choose another --name, or --fresh to start over"
-            )
-        return
-    write_atomic(path, json.dumps(asked, indent=1) + "\n")
+        must_equal(json.loads(path.read_text(encoding="utf-8")), asked, path, " or --fresh to start over")
+    else:
+        write_atomic(path, json.dumps(asked, indent=1) + "\n")
+
+
+def must_equal(saved: dict, asked: dict, path: Path, way_out: str = "") -> None:
+    """PunaError naming the fields in which {"run": ..., "init": ...} was begun otherwise."""
+    different = [name.removeprefix("run.") for name in differences(saved, asked)]
+    if different:
+        more = f" and {len(different) - 4} more" if len(different) > 4 else ""
+        raise PunaError(
+            f"{path} was begun with another {', '.join(different[:4])}{more}: choose another --name{way_out}"
+        )

@@ -84,7 +84,7 @@ def recipe_cp(args) -> None:
     if target.exists():
         raise PunaError(f"{target} exists already: remove it or choose another name")
     code = inspect.getsource(sys.modules[RECIPES[args.recipe].__module__])
-    last = f'def recipe() -> RunConfig:\n    """What `puna raise {target.name}` raises."""\n    return {args.recipe}()\n'
+    last = f'def recipe() -> RunConfig:\n    """This file\'s own recipe."""\n    return {args.recipe}()\n'
     write_atomic(target, f"{code.rstrip()}\n\n\n{last}")
     print(f"{target}: change it, then `puna raise {target} --name NAME`")
 
@@ -148,7 +148,7 @@ def _show_source(name: str, split: str, samples: int) -> None:
             _sample("".join(s if isinstance(s, str) else _drawn(s) for s in segments))
     elif name.startswith("sft/"):
         if name == "sft/needle":
-            task = tasks.task("needle", length=400, count=len)
+            task = tasks.task("needle", length=2000, count=len)
         else:
             task = tasks.task(name.removeprefix("sft/"))
         for item in islice(task.items("test" if split == "val" else "train"), samples):

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from puna.cli import show
-from puna.cli.settings import claim, run_config, run_folder, stage_config
+from puna.cli.settings import claim, must_equal, run_config, run_folder, stage_config
 from puna.errors import PunaError
 from puna.fields import build, to_dict
 
@@ -92,8 +92,9 @@ def _claim(folder: Path, run, name: str, init: str | None) -> None:
     """Holds this stage to the configuration it was begun with, whether alone or by `puna raise`."""
     from puna.stages import RunConfig
 
-    path, whole = folder / f"{name}.json", folder / "config.json"
-    if not path.is_file() and whole.is_file() and (folder / name).is_dir():
+    asked = {"run": to_dict(run), "init": init}
+    whole = folder / "config.json"
+    if whole.is_file():
         raised = build(RunConfig, json.loads(whole.read_text(encoding="utf-8"))["run"]).stage(name)
-        claim(path, {"run": to_dict(raised), "init": None})
-    claim(path, {"run": to_dict(run), "init": init})
+        must_equal({"run": to_dict(raised), "init": None}, asked, whole)
+    claim(folder / f"{name}.json", asked)

@@ -1,19 +1,16 @@
-"""One engine for chat, serving, evaluation and reinforcement learning: a batch of independent sequences, decoded
-together over a hybrid cache that holds one chunk for local layers and everything for global ones."""
+"""One engine for chat, serving and evaluation: batches of answers over a hybrid key/value cache.
+
+Read cache.py (what iRoPE saves), scheduler.py (who runs next), sampler.py (which token), text.py (when to stop),
+engine.py (how they join) and thread.py (for a server), in this order.
+"""
 
 from puna.engine.cache import HybridCache, bytes_all_layers, bytes_per_sequence
-from puna.engine.engine import Completion, Engine, Event, Request
+from puna.engine.engine import Engine
+from puna.engine.request import Completion, Event, Prompt
 from puna.engine.sampler import Sampling
-from puna.engine.thread import EngineThread
+from puna.engine.thread import EngineThread, Handle
 
 __all__ = [
-    "Completion",
-    "Engine",
-    "EngineThread",
-    "Event",
-    "HybridCache",
-    "Request",
-    "Sampling",
-    "bytes_all_layers",
-    "bytes_per_sequence",
-]
+    "Completion", "Engine", "EngineThread", "Event", "Handle", "HybridCache", "Prompt", "Sampling",
+    "bytes_all_layers", "bytes_per_sequence",
+]  # fmt: skip

@@ -2,9 +2,10 @@
 
 Llama 4 has two kinds of attention layer (llama4-facts.md §1.6), and they remember differently:
 
-* *Local* layers (RoPE) see only their own chunk of C tokens: position p sees floor(p/C)·C … p. Chunked is **not** a sliding
-  window: at a border the past is gone at once. So a sequence needs C slots, slot = p mod C, of which 0 … p mod C hold
-  keys that may be seen. No ring arithmetic, nothing to trim: the buffer starts again from slot 0 at each border.
+* *Local* layers (RoPE) see only their own chunk of C tokens: position p sees floor(p/C)·C … p. Chunked is **not** a
+  sliding window: at a border the past is gone at once. So a sequence needs C slots, slot = p mod C, of which 0 … p
+  mod C hold keys that may be seen. No ring arithmetic, nothing to trim: the buffer starts again from slot 0 at each
+  border.
 
         C = 4          p = 0 1 2 3 | 4 5 6 ...              the buffer of one local layer
         after p = 3:   [k0 k1 k2 k3]                        seen by p = 3: all four
@@ -21,13 +22,15 @@ Bytes a sequence of n tokens holds, with K key/value heads of d numbers of b byt
 
 With 3 local layers to 1 global, the hybrid cache tends to a quarter of the other one (serving-and-evaluation.md B.1).
 
-Storage is one slab [rows, K, capacity, d] a layer for keys and one for values. A *row* is one sequence. A forward pass works on a
-`View`: some rows and the T tokens fed to each now; the view is what the model's attention sees (protocol
-`puna.model.attention.Cache`). Rows that are neighbours are read in place; others are gathered (a copy), so the engine keeps
-the rows it decodes together. Rows share their capacity, the longest one's: the price of reading a batch without a copy.
+Storage is one slab [rows, K, capacity, d] a layer for keys and one for values. A *row* is one sequence. A forward
+pass works on a `View`: some rows and the T tokens fed to each now; the view is what the model's attention sees
+(protocol `puna.model.attention.Cache`). Rows that are neighbours are read in place; others are gathered (a copy),
+so the engine keeps the rows it decodes together. Rows share their capacity, the longest one's: the price of reading
+a batch without a copy.
 
-A slice of T tokens must not straddle a chunk border (the caller cuts prompts there; `room` says how much fits). Shorter sequences
-are padded on the right: the padding's keys land in slots which are not valid yet, and the real tokens later overwrite them.
+A slice of T tokens must not straddle a chunk border (the caller cuts prompts there; `room` says how much fits).
+Shorter sequences are padded on the right: the padding's keys land in slots which are not valid yet, and the real
+tokens later overwrite them.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from puna.errors import PunaError
 from puna.model.config import ModelConfig
 
 MIN_CAPACITY = 64
+MAX_GROWTH = 2**16  # slots; a sequence of a million tokens should not double for its next one
 
 
 def local_layers(config: ModelConfig) -> tuple[bool, ...]:
@@ -62,7 +66,7 @@ def bytes_all_layers(config: ModelConfig, length: int, dtype: torch.dtype = torc
 
 
 class _Slab:
-    """Keys and values of one layer, [rows, K, capacity, d] each; both axes grow by doubling up to their limits."""
+    """Keys and values of one layer, [rows, K, capacity, d] each; both axes grow by doubling, up to their limits."""
 
     def __init__(self, heads: int, width: int, limit: int, dtype: torch.dtype, device: torch.device):
         self.limit = limit
@@ -77,9 +81,9 @@ class _Slab:
         if rows > have_rows:
             have_rows = min(max(rows, 2 * have_rows), max_rows)
         if slots > have_slots:
-            have_slots = min(max(slots, 2 * have_slots, MIN_CAPACITY), self.limit)
-        # Plain tensors, so that a cache made under inference_mode can be used outside it; zeros, since an attention weight
-        # of 0 times an uninitialised NaN would be NaN.
+            have_slots = min(max(slots, have_slots + min(have_slots, MAX_GROWTH), MIN_CAPACITY), self.limit)
+        # Plain tensors, so that a cache made under inference_mode can be used outside it; zeros, since an attention
+        # weight of 0 times an uninitialised NaN would be NaN.
         with torch.inference_mode(False):
             for name in ("key", "value"):
                 old = getattr(self, name)
@@ -94,10 +98,11 @@ class _Slab:
 
 
 class HybridCache:
-    """Keys and values of up to `rows` sequences of up to `max_context` tokens; `lengths[row]` tokens of each are stored.
+    """Keys and values of up to `rows` sequences of up to `max_context` tokens; `lengths[row]` tokens of each are
+    stored.
 
-    The engine asks for a `view` of some rows, runs the model with it, and then calls `advance`. Until then nothing has
-    happened: a forward pass that failed can be repeated, as its keys lie beyond the valid length.
+    The engine asks for a `view` of some rows, runs the model with it, and then calls `advance`. Until then nothing
+    has happened: a forward pass that failed can be repeated, as its keys lie beyond the valid length.
     """
 
     def __init__(
@@ -119,11 +124,14 @@ class HybridCache:
     def _allocate(self) -> None:
         shape = self.config.n_kv_heads, self.config.head_dim
         self.slabs = [
-            _Slab(*shape, min(self.config.chunk, self.max_context) if local else self.max_context, self.dtype, self.device)
+            _Slab(
+                *shape, min(self.config.chunk, self.max_context) if local else self.max_context, self.dtype, self.device
+            )
             for local in self.local
         ]
 
-    # ---- rows -------------------------------------------------------------------------------------------------------
+    # ---- rows
+    # -------------------------------------------------------------------------------------------------------
 
     def reserve(self, rows: int, length: int) -> None:
         """Makes room at once for rows 0 … rows-1 of `length` tokens (a long prompt then grows without doublings)."""
@@ -140,7 +148,7 @@ class HybridCache:
             self.lengths[row] += count
 
     def free(self, row: int, wipe: bool = False) -> None:
-        """Empties the row. `wipe` also zeroes it: after a failure its numbers may be NaN, which even a mask lets through."""
+        """Empties the row. `wipe` also zeroes it: after a failure it may hold NaN, which even a mask lets through."""
         self.lengths[row] = 0
         if wipe:
             for slab in self.slabs:
@@ -179,7 +187,8 @@ class HybridCache:
         """Bytes of storage held now, unused capacity included."""
         return sum(slab.nbytes for slab in self.slabs)
 
-    # ---- the forward pass -------------------------------------------------------------------------------------------
+    # ---- the forward pass
+    # -------------------------------------------------------------------------------------------
 
     def view(self, rows: Sequence[int], tokens: int) -> View:
         """The cache as a batch of these rows, each fed `tokens` more tokens (in the order of `rows`)."""
@@ -215,9 +224,13 @@ class View:
         chunk, starts = cache.config.chunk, [cache.lengths[row] for row in rows]
         for row, start in zip(rows, starts, strict=True):
             if start + tokens > cache.max_context:
-                raise PunaError(f"{start + tokens} tokens do not fit in the context of {cache.max_context}; shorten the prompt")
+                raise PunaError(
+                    f"{start + tokens} tokens do not fit in the context of {cache.max_context}; shorten the prompt"
+                )
             if start % chunk + tokens > chunk:
-                raise ValueError(f"row {row}: a slice of {tokens} tokens from {start} straddles a border of chunks of {chunk}")
+                raise ValueError(
+                    f"row {row}: a slice of {tokens} tokens from {start} straddles a border of chunks of {chunk}"
+                )
         cache.reserve(max(rows) + 1, max(starts) + tokens)
         self.cache, self.starts, self.tokens = cache, starts, tokens
         neighbours = rows == list(range(rows[0], rows[0] + len(rows)))
@@ -235,7 +248,7 @@ class View:
         return torch.tensor(self.starts, device=device)[:, None] + torch.arange(tokens, device=device)
 
     def extend(self, layer: int, k_BKTd: Tensor, v_BKTd: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Stores the new keys and values of `layer`; returns keys, values [B,K,S,d] and who sees what [B,T,S] (None: causal)."""
+        """Stores the layer's new keys and values; returns all [B,K,S,d] and who sees what [B,T,S] (None: causal)."""
         slab = self.cache.slabs[layer]
         window = self._local if self.cache.local[layer] else self._global
         if window.first is not None:

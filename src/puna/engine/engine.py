@@ -1,333 +1,374 @@
-"""The engine: requests join, are prefilled in chunk-aligned slices, decode together, and leave the moment they are done.
+"""The engine: many answers at once, one token a step each.
 
-    add_request -> waiting -> (a row is free) prefill: slices [0, C), [C, 2C), ...  -> active -> one token a step -> done
+    engine = Engine(model, processor)
+    engine.generate([[{"role": "user", "content": "What is 2 + 3?"}], ...], max_tokens=16)     a list of Completion
+    for piece in engine.stream(messages, temperature=0.6, seed=1): print(piece, end="")
 
-No slice straddles a chunk border, so each slice of a local layer is causal inside its chunk, and the cache's buffer
-restarts at the border (`cache.py`). Prompts with the same number of slices are prefilled together, padded on the right.
-Active sequences occupy rows 0..n-1: one that leaves is replaced by the last, so a batch is read without a copy.
+Underneath, requests are added at any time (`add_request`) and `step` advances all of them: one slice of waiting
+prompts, then one forward pass that gives every running answer its next token. Who finishes leaves at once and a
+waiting request takes the place (scheduler.py). Keys and values live in the hybrid cache (cache.py), tokens are
+chosen in sampler.py, text is cut in text.py; this file joins them.
 
-Pictures: all tiles of a prompt are encoded once; each slice is then given the features of the patch tokens in it.
+Three promises:
 
-A request that fails (numbers that are not finite, an exception in its forward pass) fails alone: a batch that raises is
-repeated one sequence at a time, which the cache allows because nothing counts before `advance`.
+* *Independence.* An answer does not depend on who else is in the batch (up to the order of floating-point sums).
+* *Isolation.* Whatever goes wrong with one request (a NaN, an exception in the forward pass) ends that request
+  alone: a failed batch is repeated one request at a time, which is safe since the cache only counts what was
+  completed.
+* *Text only.* A model's answer is text: control tokens other than the stop tokens are never sampled, so nothing it
+  says can open a header or place a picture.
+
+Not thread-safe: one thread uses an engine. The server's is in thread.py.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from puna.engine.cache import HybridCache
+from puna.engine.request import Completion, Event, Prompt, Running, Sink, prepare
 from puna.engine.sampler import Sampling, sample
-from puna.engine.text import TextStream
+from puna.engine.scheduler import Scheduler
 from puna.errors import PunaError
-from puna.model import Llama4
-from puna.processor import Encoded, Processor, StreamDecoder
 
-PREFILL_TOKENS = 8192  # most tokens of one prefill forward
-
-
-@dataclass(frozen=True)
-class Event:
-    """One step of one request: new text (perhaps empty), the token, and why it ended, if it did."""
-
-    text: str
-    token: int | None = None
-    finish_reason: str | None = None  # stop | length | abort
-    error: Exception | None = None
-
-
-@dataclass
-class Completion:
-    """A finished answer. logprobs: the model's own (raw logits), one per generated token."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    logprobs: list[float]
-    prompt_tokens: int
-    prefill_seconds: float
-    seconds: float
-
-
-@dataclass
-class Request:
-    """A sequence in the engine; its state lives here and nowhere else."""
-
-    id: int
-    prompt: list[int]
-    tiles: Tensor | None
-    sampling: Sampling
-    generator: torch.Generator | None
-    text: TextStream
-    on_event: Callable[[Event], None] | None
-    features: Tensor | None = None
-    row: int | None = None
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    finish_reason: str | None = None
-    error: Exception | None = None
-    begun: float = field(default_factory=time.perf_counter)
-    prefilled: float = 0.0
-    ended: float = 0.0
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.tokens)
+PREFILL_TOKENS = 2048  # most prompt tokens of one forward pass
+TILES_AT_ONCE = 16  # most tiles of one pass through the vision tower
+KEEP_BYTES = 2**28  # an idle engine gives its cache back if it is larger than this
 
 
 class Engine:
-    """Decodes independent sequences in one batch on one device.
+    """Decodes up to `max_batch` sequences together.
 
-    max_batch: sequences decoded together; more wait. max_context: most tokens of one sequence, prompt and answer.
-    `processor` may be None for a model without tokenizer; prompts are then token ids and texts empty.
-    Not thread-safe: one thread steps it (`EngineThread` for servers).
+    model: a `puna.model.Llama4`; it is used in evaluation mode, and left in the mode it was in. processor: None for
+    a model without a tokenizer (prompts are then token ids, and answers have no text). max_context: most tokens of
+    a prompt with its answer, at most and by default the model's own. prefill_tokens: most prompt tokens of one
+    forward pass.
     """
 
-    def __init__(self, model: Llama4, processor: Processor | None, max_batch: int = 32, max_context: int | None = None):
-        self.model, self.processor = model.eval(), processor
-        self.max_batch = max_batch
-        self.max_context = min(max_context or model.config.max_context, model.config.max_context)
-        self.device = model.tok_embeddings.weight.device
-        self.cache = HybridCache(model.config, max_batch, model.dtype, self.device, self.max_context)
-        self.waiting: deque[Request] = deque()
-        self.active: list[Request] = []  # request i sits in row i
-        self._ids = itertools.count()
-        self.stop_ids = frozenset(processor.tokenizer.stop_ids) if processor else frozenset()
-        self._banned_V = self._banned() if processor else None
+    def __init__(
+        self,
+        model,
+        processor=None,
+        max_batch: int = 32,
+        max_context: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ):
+        config = model.config
+        for name, value in (("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise PunaError(f"{name}: must be an integer of at least 1, not {value!r}")
+        if max_context is not None and not 2 <= max_context <= config.max_context:
+            raise PunaError(
+                f"max_context: must be at least 2 and at most the model's {config.max_context}, not {max_context}"
+            )
+        if processor is not None and processor.tokenizer.vocab_size > config.vocab_size:
+            raise PunaError(
+                f"the tokenizer has {processor.tokenizer.vocab_size} ids, the model only {config.vocab_size}: "
+                "they do not belong together"
+            )
+        self.model, self.processor, self.config = model, processor, config
+        self.max_context = max_context or config.max_context
+        self.device = next(model.parameters()).device
+        self.cache = HybridCache(config, max_batch, model.dtype, self.device, self.max_context)
+        self.scheduler = Scheduler(max_batch, config.chunk, prefill_tokens)
+        self._requests: dict[str, Running] = {}
+        self._events: list[Event] = []  # of requests without a sink, for step() to return
+        self._numbers = itertools.count(1)
+        self._pad = 1 if config.patch_token == 0 else 0
+        self._banned_V = self._banned()
 
-    def _banned(self) -> Tensor:
-        """Control tokens that are no end of a turn: an answer is text."""
-        banned_V = torch.zeros(self.model.config.vocab_size, dtype=torch.bool, device=self.device)
-        banned_V[[i for i in self.processor.tokenizer.special.values() if i not in self.stop_ids]] = True
-        return banned_V
+    def _banned(self) -> Tensor | None:
+        """bool [V]: control tokens that don't end an answer, and ids no text has."""
+        if self.processor is None:
+            return None
+        tokenizer = self.processor.tokenizer
+        banned_V = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        banned_V[tokenizer.vocab_size :] = True
+        banned_V[sorted(set(tokenizer.special.values()) - set(tokenizer.stop_ids))] = True
+        return banned_V.to(self.device)
 
-    # ---- requests ---------------------------------------------------------------------------------------------------
+    # ---- requests
+    # ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, prompt) -> Prompt:
+        """Messages, an `Encoded` or token ids, tokenised and checked; any thread may do this. Raises PunaError."""
+        return prepare(prompt, self.processor, self.config, self.max_context)
 
     def add_request(
-        self, prompt, sampling: Sampling | None = None, on_event: Callable[[Event], None] | None = None
-    ) -> Request:
-        """Queues a prompt: chat messages, an Encoded, or token ids. PunaError if it can't fit or can't be encoded."""
-        sampling = sampling or Sampling()
-        encoded = self._encode(prompt)
-        tokens = [int(t) for t in encoded.tokens]
-        if not tokens:
-            raise PunaError("prompt: must hold at least one token")
-        bad = next((t for t in tokens if not 0 <= t < self.model.config.vocab_size), None)
-        if bad is not None:
-            raise PunaError(f"prompt: token id {bad} is outside the vocabulary of {self.model.config.vocab_size}")
-        wanted = sampling.max_tokens or 1
-        if len(tokens) + wanted > self.max_context:
-            raise PunaError(
-                f"the prompt's {len(tokens)} tokens and max_tokens {wanted} exceed the context of {self.max_context}; "
-                "shorten one of them"
-            )
-        tiles = self.processor.tiles(encoded.pictures) if encoded.pictures else None
-        decoder = StreamDecoder(self.processor.tokenizer) if self.processor else None
-        request = Request(
-            next(self._ids), tokens, tiles, sampling, sampling.generator(), TextStream(decoder, sampling.stop), on_event
-        )
-        self.waiting.append(request)
-        return request
+        self, prompt, sampling: Sampling | None = None, id: str | None = None, sink: Sink | None = None
+    ) -> str:
+        """Queues a request and returns its id. Its events go to `sink`, or without one to whoever calls `step`.
 
-    def _encode(self, prompt) -> Encoded:
-        if hasattr(prompt, "tokens") and hasattr(prompt, "pictures"):
-            return prompt
-        prompt = list(prompt)
-        if prompt and isinstance(prompt[0], dict):
-            if self.processor is None:
-                raise PunaError("this model has no tokenizer: give token ids instead of messages")
-            return self.processor.encode_chat(prompt, generation_prompt=True)
-        return Encoded(prompt, None, [])
+        Raises PunaError at once for a prompt or sampling that cannot be served, and for an id in use.
+        """
+        id = f"request-{next(self._numbers)}" if id is None else id
+        if id in self._requests:
+            raise PunaError(f"a request with the id {id!r} is running: ids must differ")
+        prompt, sampling = self.prepare(prompt), sampling or Sampling()
+        request = Running.make(id, prompt, sampling, self.processor, self.config, self.max_context, sink)
+        self._requests[id] = request
+        self.scheduler.add(request)
+        return id
 
-    def abort(self, request: Request) -> None:
-        """Ends a request now; its row is free at once. Harmless when it is done."""
-        if request.finish_reason is None and request.error is None:
+    def abort(self, id: str) -> bool:
+        """Ends a request now (finish_reason "abort") and frees its place. False if none of that id is running."""
+        request = self._requests.get(id)
+        if request is None:
+            return False
+        self._finish(request, "abort")
+        return True
+
+    def abort_all(self) -> None:
+        """Ends every request."""
+        for request in list(self._requests.values()):
             self._finish(request, "abort")
 
-    # ---- the step ---------------------------------------------------------------------------------------------------
+    def fail_all(self, error: Exception) -> None:
+        """Ends every request with an error: for whoever runs the engine, when `step` itself raised."""
+        for request in list(self._requests.values()):
+            self._finish(request, "error", error)
+
+    @property
+    def busy(self) -> bool:
+        """Are there requests that are not finished?"""
+        return bool(self._requests)
+
+    # ---- one step
+    # ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def step(self) -> bool:
-        """Admits and prefills what fits, else decodes one token of every active request. False: nothing left to do."""
-        if self.waiting and len(self.active) < self.max_batch:
-            self._admit()
-        elif self.active:
-            self._decode(list(self.active))
-        return bool(self.waiting or self.active)
+    def step(self) -> list[Event]:
+        """One slice of some prompts, one more token for every answer. Returns the events of requests without a sink."""
+        training = self.model.training
+        if training:
+            self.model.eval()
+        try:
+            for request in self.scheduler.admit():
+                request.admitted = time.perf_counter()
+            group = self.scheduler.prefill()
+            if group:
+                self._advance(group, self._prefill)
+            decoding = self.scheduler.active[: self.scheduler.decoding]
+            if decoding:
+                self._advance(decoding, self._decode)
+        finally:
+            if training:
+                self.model.train()
+        if not self._requests and self.cache.nbytes > KEEP_BYTES:
+            self.cache.release()
+        events, self._events = self._events, []
+        return events
 
-    def _admit(self) -> None:
-        """Prefills waiting requests of the same number of slices as the first, as many as fit."""
-        chunk = self.cache.config.chunk
-        slices = (len(self.waiting[0].prompt) - 1) // chunk
-        room = max(1, min(self.max_batch - len(self.active), PREFILL_TOKENS // chunk))
-        chosen = [r for r in self.waiting if (len(r.prompt) - 1) // chunk == slices][:room]
-        if slices * chunk + max(len(r.prompt) - slices * chunk for r in chosen) > self.max_context:
-            chosen = chosen[:1]
-        for request in chosen:
-            self.waiting.remove(request)
-            request.row = len(self.active)
-            self.active.append(request)
-        self._guarded(self._prefill, chosen)
+    def _advance(
+        self, group: list[Running], forward: Callable[[list[Running]], tuple[list[Running], Tensor | None]]
+    ) -> None:
+        """Runs `forward` on the group, or on each alone if together it fails, and gives out the tokens it leads to."""
+        try:
+            ready, logits_BV = forward(group)
+        except Exception as error:  # whose fault it is shows when each runs alone
+            if len(group) == 1:
+                self._finish(group[0], "error", error)
+                return
+            for request in group:
+                if request.completion is None:
+                    self._advance([request], forward)
+            return
+        if not ready:
+            return
+        samplings, generators = [r.sampling for r in ready], [r.generator for r in ready]
+        tokens, logprobs = sample(logits_BV, samplings, generators, self._banned_V)
+        for request, token, logprob in zip(ready, tokens, logprobs, strict=True):
+            if request.completion is None:  # a sink may have aborted it
+                self._accept(request, token, logprob)
 
-    def _prefill(self, requests: list[Request]) -> None:
-        rows = [r.row for r in requests]
-        for row in rows:
-            self.cache.free(row)
-        pictured = [r for r in requests if r.tiles is not None and r.features is None]
-        if pictured:
-            features = self.model.image_features(torch.cat([r.tiles for r in pictured]).to(self.device))
-            for request, part in zip(pictured, features.split([len(r.tiles) for r in pictured]), strict=True):
-                request.features = part.flatten(0, 1)
-        used = [0] * len(requests)
-        chunk, patch = self.cache.config.chunk, self.model.config.patch_token
-        pad = self.processor.tokenizer.pad if self.processor else 0
-        longest = max(len(r.prompt) for r in requests)
-        for start in range(0, longest, chunk):
-            parts = [r.prompt[start : start + chunk] for r in requests]
-            width = max(map(len, parts))
-            tokens_BT = torch.full((len(parts), width), pad, dtype=torch.int64)
-            given = []
-            for i, part in enumerate(parts):
-                tokens_BT[i, : len(part)] = torch.tensor(part)
-                count = part.count(patch)
-                if count and requests[i].features is not None:
-                    given.append(requests[i].features[used[i] : used[i] + count])
-                    used[i] += count
-            view = self.cache.view(rows, width)
-            features = torch.cat(given) if given else None
-            hidden_BTD = self.model.hidden(tokens_BT.to(self.device), cache=view, features=features)
-            self.cache.advance(rows, [len(part) for part in parts])
-        last_BD = torch.stack([hidden_BTD[i, len(part) - 1] for i, part in enumerate(parts)])
-        for request in requests:
-            request.prefilled = time.perf_counter()
-        self._sample(requests, self.model.head(last_BD))
+    def _prefill(self, group: list[Running]) -> tuple[list[Running], Tensor | None]:
+        """The next prompt slice of each; returns those whose prompt is complete, with their next logits [n, V]."""
+        lengths = [self.scheduler.slice_length(request) for request in group]
+        width = max(lengths)
+        tokens_BT = torch.full((len(group), width), self._pad)
+        features = []
+        for i, (request, n) in enumerate(zip(group, lengths, strict=True)):
+            stop = request.fed + n
+            tokens_BT[i, :n] = torch.from_numpy(request.prompt.tokens[request.fed : stop])
+            if request.prompt.tiles is not None:
+                if request.features is None:
+                    request.features = self._encode_pictures(request.prompt.tiles)
+                features.append(request.slice_features(request.fed, stop))
+        self.cache.reserve(max(r.row for r in group) + 1, max(r.length for r in group))
+        view = self.cache.view([request.row for request in group], width)
+        features_nD = torch.cat(features) if any(len(f) for f in features) else None
+        hidden_BTD = self.model.hidden(tokens_BT.to(self.device), features=features_nD, cache=view)
+        done = [i for i, (r, n) in enumerate(zip(group, lengths, strict=True)) if r.fed + n == r.length]
+        last = [lengths[i] - 1 for i in done]
+        logits_BV = self.model.head(hidden_BTD[done, last]) if done else None
+        self.cache.advance([request.row for request in group], lengths)  # from here on nothing may fail
+        for request, n in zip(group, lengths, strict=True):
+            request.fed += n
+        ready = [group[i] for i in done]
+        for request in ready:
+            request.features = None
+            if (rows := self.scheduler.promote(request)) is not None:
+                self.cache.swap(*rows)
+        return ready, logits_BV
 
-    def _decode(self, requests: list[Request]) -> None:
-        self._guarded(self._decode_batch, requests)
+    def _encode_pictures(self, tiles: Tensor) -> Tensor:
+        """Tiles [n, 3, S, S] to the features of their patch tokens, [n · tokens_per_tile, D]."""
+        parts = [self.model.image_features(part.to(self.device)).flatten(0, 1) for part in tiles.split(TILES_AT_ONCE)]
+        return torch.cat(parts)
 
-    def _decode_batch(self, requests: list[Request]) -> None:
-        rows = [r.row for r in requests]
-        tokens_B1 = torch.tensor([[r.tokens[-1]] for r in requests], device=self.device)
+    def _decode(self, group: list[Running]) -> tuple[list[Running], Tensor]:
+        """Feeds each its newest token; returns all of them with logits [n, V]."""
+        rows = [request.row for request in group]
+        tokens_B1 = torch.tensor([[request.tokens[-1]] for request in group], device=self.device)
         hidden_B1D = self.model.hidden(tokens_B1, cache=self.cache.view(rows, 1))
         logits_BV = self.model.head(hidden_B1D[:, 0])
         self.cache.advance(rows, [1] * len(rows))
-        self._sample(requests, logits_BV)
+        return group, logits_BV
 
-    def _guarded(self, run: Callable[[list[Request]], None], requests: list[Request]) -> None:
-        """Runs a batch; if it raises, one request at a time, so that only the one at fault fails."""
-        before = {r.id: self.cache.lengths[r.row] for r in requests}
-        try:
-            run(requests)
-        except Exception as error:  # whatever a forward pass can raise belongs to a request, never to the engine
-            pending = [r for r in requests if r.finish_reason is None and r.error is None]
-            if len(pending) <= 1:
-                for request in pending:
-                    self._fail(request, error)
-                return
-            for request in pending:
-                self.cache.lengths[request.row] = before[request.id]
-            for request in pending:
-                self._guarded(run, [request])
-
-    def _sample(self, requests: list[Request], logits_BV: Tensor) -> None:
-        samplings, generators = [r.sampling for r in requests], [r.generator for r in requests]
-        tokens, logprobs = sample(logits_BV, samplings, generators, self._banned_V)
-        for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
-            if logprob != logprob:
-                self._fail(request, RuntimeError("the model's output is not finite"))
-            else:
-                self._accept(request, token, logprob)
-
-    def _accept(self, request: Request, token: int, logprob: float) -> None:
+    def _accept(self, request: Running, token: int, logprob: float) -> None:
+        """The request's next token was chosen: text, stops and limits."""
+        if not math.isfinite(logprob):
+            self._finish(request, "error", FloatingPointError("the model's logits are not finite"))
+            return
+        if not request.tokens:
+            request.first = time.perf_counter()
         request.tokens.append(token)
         request.logprobs.append(logprob)
-        if token in self.stop_ids or token in request.sampling.stop_ids:
-            self._finish(request, "stop", token)
+        if token in request.stop_ids:
+            self._finish(request, "stop")
             return
-        piece = request.text.push(token)
-        limit = request.sampling.max_tokens
-        if request.text.stopped:
-            self._finish(request, "stop", token, piece)
-        elif (limit and len(request.tokens) >= limit) or request.length >= self.max_context:
-            self._finish(request, "length", token, piece)
-        else:
-            self._emit(request, Event(piece, token))
-
-    def _emit(self, request: Request, event: Event) -> None:
-        request.pieces.append(event.text)
-        if request.on_event is not None:
-            request.on_event(event)
-
-    def _finish(self, request: Request, reason: str, token: int | None = None, piece: str = "") -> None:
-        request.finish_reason, request.ended = reason, time.perf_counter()
-        self._leave(request)
-        self._emit(request, Event(piece + request.text.flush(), token, reason))
-
-    def _fail(self, request: Request, error: Exception) -> None:
-        request.error, request.ended = error, time.perf_counter()
-        self._leave(request, wipe=True)
-        self._emit(request, Event("", None, None, error))
-
-    def _leave(self, request: Request, wipe: bool = False) -> None:
-        """Frees the row; the last active request moves into it."""
-        if request.row is None:
-            if request in self.waiting:
-                self.waiting.remove(request)
+        piece = request.stream.push(token)
+        request.pieces.append(piece)
+        self._emit(request, Event(request.id, piece, token, logprob))
+        if request.completion is not None:
             return
-        self.cache.free(request.row, wipe=wipe)
-        last = self.active.pop()
-        if last is not request:
-            self.cache.move(last.row, request.row)
-            last.row = request.row
-            self.active[last.row] = last
-        request.row = request.features = request.tiles = None
-        if not self.active and self.cache.nbytes > 2**30:
-            self.cache.release()
+        if request.stream.stopped:
+            self._finish(request, "stop")
+        elif len(request.tokens) >= request.limit:
+            self._finish(request, "length")
 
-    # ---- whole answers ----------------------------------------------------------------------------------------------
+    def _finish(self, request: Running, reason: str, error: Exception | None = None) -> None:
+        """The request leaves: its row is given to another and its last event is sent."""
+        row, moves = request.row, self.scheduler.remove(request)
+        del self._requests[request.id]
+        if row >= 0:
+            self.cache.free(row, wipe=reason in ("abort", "error"))
+            for source, target in moves:
+                self.cache.move(source, target)
+        piece = request.stream.flush()
+        request.pieces.append(piece)
+        if request.stream.stopped and reason == "length":
+            reason = "stop"
+        request.features = None
+        self._emit(request, Event(request.id, piece, completion=request.complete(reason, error)))
 
-    def generate(self, prompts: Sequence, max_tokens: int | None = 128, temperature: float = 0.0, top_p: float = 1.0,
-                 top_k: int = 0, seed: int | None = None, stop: str | Sequence[str] = ()) -> list[Completion]:  # fmt: skip
-        """Answers all prompts (messages, Encoded or token ids each), in order. With a seed, prompt i draws from seed + i.
-
-        Errors: PunaError for a prompt that does not fit; RuntimeError if the model's numbers are not finite.
-        """
-        requests = []
-        for i, prompt in enumerate(prompts):
-            own = None if seed is None else seed + i
-            requests.append(self.add_request(prompt, Sampling(max_tokens, temperature, top_p, top_k, own, stop)))
-        while self.step():
-            pass
-        return [self._completion(r) for r in requests]
-
-    def _completion(self, request: Request) -> Completion:
-        if request.error is not None:
-            raise request.error
-        return Completion(
-            "".join(request.pieces), request.tokens, request.finish_reason, request.logprobs, len(request.prompt),
-            request.prefilled - request.begun, request.ended - request.begun,
-        )  # fmt: skip
-
-    def stream(self, prompt, **sampling) -> Iterator[str]:
-        """Text of one answer as it grows; leaving the loop early aborts it."""
-        events: deque[Event] = deque()
-        request = self.add_request(prompt, Sampling(**sampling), events.append)
+    def _emit(self, request: Running, event: Event) -> None:
+        if request.sink is None:
+            self._events.append(event)
+            return
         try:
-            while request.finish_reason is None and request.error is None:
-                self.step()
-                while events:
-                    event = events.popleft()
-                    if event.error is not None:
-                        raise event.error
+            request.sink(event)
+        except Exception as error:  # the listener's mistake is this request's end, nobody else's
+            request.sink = _nobody
+            if request.completion is None:
+                self._finish(request, "error", error)
+
+    # ---- for one caller
+    # ---------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence,
+        max_tokens: int | None = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        errors: str = "raise",
+    ) -> list[Completion]:
+        """Answers to all prompts (each a list of messages, an `Encoded` or token ids), in their order.
+
+        Sampling is explained in sampler.py. seed: one for all, or one for each prompt. errors: "raise" raises the
+        first request's error (and drops the rest), "return" puts it in that request's Completion (finish_reason
+        "error").
+        """
+        if errors not in ("raise", "return"):
+            raise PunaError(f'errors: must be "raise" or "return", not {errors!r}')
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], dict)):
+            raise PunaError("generate takes a list of prompts: put the messages in one more list")
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
+        if len(seeds) != len(prompts):
+            raise PunaError(f"seed: {len(seeds)} seeds were given for {len(prompts)} prompts")
+        samplings = [Sampling(max_tokens, temperature, top_p, top_k, s, stop, stop_ids) for s in seeds]
+        results: list[Completion | None] = [None] * len(prompts)
+        own: dict[str, int] = {}
+
+        failed: list[Exception] = []
+
+        def sink(event: Event) -> None:
+            if event.completion is not None:
+                results[own.pop(event.id)] = event.completion
+                if event.completion.error is not None:
+                    failed.append(event.completion.error)
+
+        todo = iter(range(len(prompts)))
+        held: list[Event] = []  # of requests that others added
+        try:
+            while True:
+                # Prompts are tokenised as they are needed, so that ten thousand pictures need not be in memory at
+                # once.
+                while len(self.scheduler.waiting) < self.scheduler.rows and (i := next(todo, None)) is not None:
+                    id = f"request-{next(self._numbers)}"
+                    own[id] = i
+                    try:
+                        self.add_request(prompts[i], samplings[i], id, sink)
+                    except Exception as error:
+                        if errors == "raise":
+                            raise
+                        del own[id]
+                        results[i] = Completion(id, "", [], [], "error", 0, error=error)
+                if not own:
+                    return results
+                held += self.step()
+                if failed and errors == "raise":
+                    raise failed[0]
+        finally:
+            for id in list(own):
+                self.abort(id)
+            self._events = held + self._events
+
+    def stream(self, messages, **sampling) -> Iterator[str]:
+        """The answer to one prompt, piece by piece. Keywords are `Sampling`'s; closing the generator aborts."""
+        try:
+            settings = Sampling(**sampling)
+        except TypeError as error:
+            raise PunaError(f"stream: {str(error).partition(') ')[2] or error}") from error
+        events: list[Event] = []
+        id = self.add_request(messages, settings, sink=events.append)
+        held: list[Event] = []  # of requests that others added
+        try:
+            while True:
+                held += self.step()
+                now, events[:] = list(events), []
+                for event in now:
                     if event.text:
                         yield event.text
+                    if event.completion is not None:
+                        if event.completion.error is not None:
+                            raise event.completion.error
+                        return
         finally:
-            self.abort(request)
+            self.abort(id)
+            self._events = held + self._events
+
+
+def _nobody(event: Event) -> None:
+    """Takes the events of a request whose listener failed."""

@@ -2,18 +2,19 @@
 
 One row at a time, in this order (the order of the common engines):
 
-    1. forbidden tokens get probability 0           (the engine bans image layout and headers: a model's answer is text)
-    2. p = softmax(logits / temperature)            temperature 0 is greedy: the argmax, no random number
+    1. forbidden tokens get probability 0           (the engine bans image layout and headers: a model's answer is
+    text) 2. p = softmax(logits / temperature)            temperature 0 is greedy: the argmax, no random number
     3. top-k: keep the k likeliest, renormalise
-    4. top-p: keep the likeliest tokens until their mass reaches p (Holtzman et al. 2019, arXiv 1904.09751); the first one stays always
-    5. draw: u uniform in [0, 1), the first token whose cumulative probability exceeds u · (kept mass)
+    4. top-p: keep the likeliest tokens until their mass reaches p (Holtzman et al. 2019, arXiv 1904.09751); the
+    first one stays always 5. draw: u uniform in [0, 1), the first token whose cumulative probability exceeds u ·
+    (kept mass)
 
-Every request owns a random generator and takes exactly one u per token from it. So a seed gives the same draws whoever else is in
-the batch, and on any device: u is drawn on the CPU. Draws and sums are in float64: in float32 the cumulative sum over
-200,000 tokens is off by more than the probability of a rare one.
+Every request owns a random generator and takes exactly one u per token from it. So a seed gives the same draws
+whoever else is in the batch, and on any device: u is drawn on the CPU. Draws and sums are in float64: in float32
+the cumulative sum over 200,000 tokens is off by more than the probability of a rare one.
 
-The reported log-probability is the model's own: log softmax of the *raw* logits at the chosen token, before bans, temperature, top-k
-and top-p. That is what reinforcement learning and evaluation need.
+The reported log-probability is the model's own: log softmax of the *raw* logits at the chosen token, before bans,
+temperature, top-k and top-p. That is what reinforcement learning and evaluation need.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def _integer(name: str, value: object, low: int, high: int | None = None) -> int
         raise PunaError(f"{name}: must be an integer, not {value!r}")
     value = int(value)
     if value < low or (high is not None and value > high):
-        raise PunaError(f"{name}: must be at least {low}" + (f" and at most {high}" if high is not None else "") + f", not {value}")
+        raise PunaError(
+            f"{name}: must be at least {low}" + (f" and at most {high}" if high is not None else "") + f", not {value}"
+        )
     return value
 
 
@@ -50,7 +53,8 @@ def _real(name: str, value: object) -> float:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request wants its tokens chosen. Everything is checked here, once; a bad value is a PunaError naming the field.
+    """How one request wants its tokens chosen. Everything is checked here, once; a bad value is a PunaError naming
+    the field.
 
     max_tokens: most tokens to generate (None: as many as the context has room for).
     temperature: 0 is greedy. top_k: 0 is off. top_p: in (0, 1]. seed: None draws a fresh one.
@@ -126,7 +130,7 @@ def kept_probabilities(probs_NV: Tensor, top_k: int, top_p: float) -> tuple[Tens
 
 
 def _draw(probs_NW: Tensor, uniform_N1: Tensor) -> Tensor:
-    """Index [N] of the first column whose cumulative probability exceeds uniform · total; columns of probability 0 are never taken."""
+    """The first column [N] whose cumulative probability exceeds uniform · total; never one of probability 0."""
     cumulative = probs_NW.cumsum(-1)
     index = torch.searchsorted(cumulative, uniform_N1 * cumulative[:, -1:], right=True).squeeze(-1)
     return torch.where(index < probs_NW.shape[-1], index, probs_NW.argmax(-1))  # u·total rounded up to total
@@ -140,8 +144,8 @@ def sample(
 ) -> tuple[list[int], list[float]]:
     """One token for each row. Returns the tokens and their log-probabilities under the raw logits.
 
-    banned_V: bool, True where a token must not be chosen. A row whose logits are not finite gets a NaN log-probability: the
-    engine fails that request.
+    banned_V: bool, True where a token must not be chosen. A row whose logits are not finite gets a NaN
+    log-probability: the engine fails that request.
     """
     logits_BV = logits_BV.float()
     scores_BV = logits_BV if banned_V is None else logits_BV.masked_fill(banned_V, -math.inf)
@@ -153,9 +157,13 @@ def sample(
     for (top_k, top_p), rows in groups.items():
         uniform = [torch.rand(1, dtype=torch.float64, generator=generators[row]) for row in rows]
         uniform_N1 = torch.stack(uniform).to(logits_BV.device)
-        temperature_N1 = torch.tensor([[requests[row].temperature] for row in rows], dtype=torch.float64, device=logits_BV.device)
+        temperature_N1 = torch.tensor(
+            [[requests[row].temperature] for row in rows], dtype=torch.float64, device=logits_BV.device
+        )
         scores_NV = scores_BV[rows].double()
-        scores_NV = scores_NV - scores_NV.amax(-1, keepdim=True)  # first, so that a tiny temperature gives -inf, never inf - inf
+        scores_NV = scores_NV - scores_NV.amax(
+            -1, keepdim=True
+        )  # first, so that a tiny temperature gives -inf, never inf - inf
         probs_NV = torch.softmax(scores_NV / temperature_N1, dim=-1)
         if top_k or top_p < 1:
             probs_NW, tokens_NW = kept_probabilities(probs_NV, top_k, top_p)

@@ -1,12 +1,13 @@
-"""Generated tokens become text, piece by piece, with two promises: no broken UTF-8, and never a part of a stop string.
+"""Generated tokens become text, piece by piece, with two promises: no broken UTF-8, and never a part of a stop
+string.
 
 A stop string can be spread over tokens, so its beginning must be held back until it is clear that it is not one:
 
     stop = "\\n\\nUser:"     pushed: "fine." "\\n" "\\n" "Us" "ing"
     given out:               "fine."  ""   ""   ""   "\\n\\nUsing"
 
-Held back is the longest end of the text which is a proper beginning of some stop string; what was given out earlier cannot be part
-of a later match, so only the held text and the new piece are searched.
+Held back is the longest end of the text which is a proper beginning of some stop string; what was given out earlier
+cannot be part of a later match, so only the held text and the new piece are searched.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class StopStrings:
 
 
 class TextStream:
-    """Tokens in, text out: the tokenizer's stream decoder followed by the stop strings. Without a tokenizer all text is empty."""
+    """Tokens in, text out: the stream decoder, then the stop strings. Without a decoder all text is empty."""
 
     def __init__(self, decoder, stops: Sequence[str]):
         self._decoder, self._stops = decoder, StopStrings(stops)

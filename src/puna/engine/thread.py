@@ -1,98 +1,135 @@
-"""The engine in a thread of its own, for servers: anyone may submit, one thread steps, nothing waits on a slow reader.
+"""The engine in a thread of its own, for a server: requests come in from any thread, events go out through queues.
 
-Commands go in through a queue that the thread empties between steps; events come out through one queue a request. So
-the engine itself needs no locks.
+    caller's thread                        engine's thread
+    submit(): tokenise, check  --inbox-->  add_request
+    handle.abort()             --inbox-->  abort               step, step, step … sleeps when there is nothing to do
+    for event in handle:       <--queue--  sink
+
+Tokenising and opening pictures happen in the caller's thread, so a wrong prompt is refused there and does not hold
+up the others. A handle's queue needs no limit of its own: max_tokens bounds it.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 
-from puna.engine.engine import Engine, Event, Request
+from puna.engine.engine import Engine
+from puna.engine.request import Event, Running
 from puna.engine.sampler import Sampling
+from puna.errors import PunaError
+
+log = logging.getLogger("puna.engine")
 
 
 class Handle:
-    """One submitted request: iterate over its events (blocking); the last has a finish_reason or is an exception."""
+    """One request in an `EngineThread`: iterate over its events, or abort it.
 
-    def __init__(self, thread: EngineThread):
-        self._thread, self._events = thread, queue.SimpleQueue()
-        self.request: Request | None = None
-        self.prompt_tokens = 0
+    The last event has a finish_reason and the completion. If the request failed, iterating raises its error instead.
+    """
+
+    def __init__(self, id: str, prompt_tokens: int, abort: Callable[[str], None]):
+        self.id, self.prompt_tokens = id, prompt_tokens
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._abort = abort
+        self._over = False
 
     def __iter__(self) -> Iterator[Event]:
-        while True:
-            event = self._events.get()
-            if event.error is not None:
-                raise event.error
+        while not self._over:
+            event = self.events.get()
+            if event.completion is not None:
+                self._over = True
+                if event.completion.error is not None:
+                    raise event.completion.error
             yield event
-            if event.finish_reason is not None:
-                return
 
     def abort(self) -> None:
-        """Ends the request and frees its place; harmless when it is done."""
-        self._thread.call(lambda: self._thread.engine.abort(self.request))
+        """Ends the request soon; its last event then has the finish_reason "abort". Harmless when it is over."""
+        self._abort(self.id)
 
 
 class EngineThread:
-    """Owns an Engine from now on. `submit` from any thread; `close` stops after the current step."""
+    """Runs `engine`, which nobody else may then use, until `close`. Also a context manager."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self._commands: queue.SimpleQueue = queue.SimpleQueue()
+        self._numbers = itertools.count(1)
+        self._inbox: deque[Callable[[], object]] = deque()
+        self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="puna-engine", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
+        """Can requests be answered?"""
         return self._thread.is_alive() and not self._closing
 
-    def call(self, command) -> None:
-        """Runs `command()` in the engine's thread, between two steps."""
-        self._commands.put(command)
-
-    def submit(self, messages, sampling: Sampling | None = None) -> Handle:
-        """Queues a prompt. PunaError at once if it can't be encoded or does not fit."""
-        if not self.alive:
-            raise RuntimeError("the engine is closed")
-        handle, ready = Handle(self), queue.SimpleQueue()
-
-        def add() -> None:
-            try:
-                handle.request = self.engine.add_request(messages, sampling, handle._events.put)
-                handle.prompt_tokens = len(handle.request.prompt)
-                ready.put(None)
-            except Exception as error:  # handed to the caller, whose request it is
-                ready.put(error)
-
-        self.call(add)
-        error = ready.get()
-        if error is not None:
-            raise error
+    def submit(self, prompt, sampling: Sampling | None = None) -> Handle:
+        """Queues a request (messages, `Encoded` or token ids). Raises PunaError at once if it cannot be served."""
+        engine = self.engine
+        prepared, sampling = engine.prepare(prompt), sampling or Sampling()
+        handle = Handle(f"answer-{next(self._numbers)}", len(prepared.tokens), self._abort)
+        # Made here only to be checked here; the engine makes its own.
+        Running.make(handle.id, prepared, sampling, engine.processor, engine.config, engine.max_context, None)
+        self._tell(lambda: engine.add_request(prepared, sampling, handle.id, handle.events.put))
         return handle
 
     def close(self) -> None:
-        """Stops the thread; requests still running end with an error event."""
-        self._closing = True
-        self.call(lambda: None)
-        self._thread.join(timeout=30)
+        """Aborts what is running and ends the thread; returns when it has ended."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> EngineThread:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _abort(self, id: str) -> None:
+        with self._wake:
+            if not self._closing:
+                self._inbox.append(lambda: self.engine.abort(id))
+                self._wake.notify()
+
+    def _tell(self, call: Callable[[], object]) -> None:
+        with self._wake:
+            if not self.alive:
+                raise PunaError("the engine has been stopped: it takes no more requests")
+            self._inbox.append(call)
+            self._wake.notify()
 
     def _run(self) -> None:
-        busy = False
-        while not self._closing:
-            while busy and not self._commands.empty() or not busy:
-                self._commands.get()()
-                busy = bool(self.engine.waiting or self.engine.active)
-                if self._closing:
-                    break
-            if not self._closing:
-                busy = self.engine.step()
-        for request in [*self.engine.active, *self.engine.waiting]:
-            self.engine._fail(request, RuntimeError("the engine was closed"))
-        while not self._commands.empty():  # submitters that came too late get an answer as well
-            self._commands.get()()
-        for request in list(self.engine.waiting):
-            self.engine._fail(request, RuntimeError("the engine was closed"))
+        engine = self.engine
+        try:
+            while True:
+                with self._wake:
+                    while not (self._inbox or engine.busy or self._closing):
+                        self._wake.wait()
+                    if self._closing:
+                        break
+                    calls = [self._inbox.popleft() for _ in range(len(self._inbox))]
+                try:
+                    for call in calls:
+                        call()
+                    if engine.busy:
+                        engine.step()
+                except (
+                    Exception
+                ) as error:  # a defect of the engine itself: who is in it fails, who comes next is served
+                    log.exception("the engine failed in a step")
+                    engine.fail_all(error)
+        finally:
+            with self._wake:
+                self._closing = True
+                calls, self._inbox = list(self._inbox), deque()
+            for call in calls:
+                call()
+            engine.abort_all()

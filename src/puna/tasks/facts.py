@@ -14,6 +14,7 @@ from functools import lru_cache
 from puna import nursery
 from puna.errors import PunaError
 from puna.tasks.base import Item, Task, assistant, check, most_frequent_share, normalise, user
+from puna.tasks.languages import language_weights, weighted
 from puna.tasks.seeding import rng, shuffle_order
 
 # The last template of each kind is the test's.
@@ -37,6 +38,12 @@ ENGLISH = {
         "Country: {subject}. Which continent?",
         "On which continent is {subject}?",
     ),
+    "official_language": (
+        "What is an official language of {subject}?",
+        "Name an official language of {subject}.",
+        "Country: {subject}. What is the official language?",
+        "Which language is official in {subject}?",
+    ),
 }
 ANY_KIND = (
     "What is the {kind} of {subject}?",
@@ -44,21 +51,57 @@ ANY_KIND = (
     "{subject}: what is the {kind}?",
     "Tell me the {kind} of {subject}.",
 )
-# language: (country, capital?, currency?, continent?) and a second way to introduce the country.
+# language: (country, capital?, currency?, continent?, official language?)
 SHORT = {
-    "ar": ("البلد: {subject}.", "ما العاصمة؟", "ما العملة؟", "في أي قارة؟"),
-    "de": ("Land: {subject}.", "Was ist die Hauptstadt?", "Was ist die Währung?", "Auf welchem Kontinent?"),
-    "es": ("País: {subject}.", "¿Cuál es la capital?", "¿Cuál es la moneda?", "¿En qué continente está?"),
-    "fr": ("Pays : {subject}.", "Quelle est la capitale ?", "Quelle est la monnaie ?", "Sur quel continent ?"),
-    "hi": ("देश: {subject}।", "राजधानी क्या है?", "मुद्रा क्या है?", "किस महाद्वीप में है?"),
-    "id": ("Negara: {subject}.", "Apa ibu kotanya?", "Apa mata uangnya?", "Di benua mana?"),
-    "it": ("Paese: {subject}.", "Qual è la capitale?", "Qual è la valuta?", "In quale continente?"),
-    "pt": ("País: {subject}.", "Qual é a capital?", "Qual é a moeda?", "Em que continente?"),
-    "th": ("ประเทศ: {subject}", "เมืองหลวงคืออะไร", "สกุลเงินคืออะไร", "อยู่ในทวีปใด"),
-    "tl": ("Bansa: {subject}.", "Ano ang kabisera?", "Ano ang pera?", "Saang kontinente?"),
-    "vi": ("Quốc gia: {subject}.", "Thủ đô là gì?", "Đơn vị tiền tệ là gì?", "Thuộc châu lục nào?"),
+    "ar": ("البلد: {subject}.", "ما العاصمة؟", "ما العملة؟", "في أي قارة؟", "ما اللغة الرسمية؟"),
+    "de": (
+        "Land: {subject}.",
+        "Was ist die Hauptstadt?",
+        "Was ist die Währung?",
+        "Auf welchem Kontinent?",
+        "Was ist die Amtssprache?",
+    ),
+    "es": (
+        "País: {subject}.",
+        "¿Cuál es la capital?",
+        "¿Cuál es la moneda?",
+        "¿En qué continente está?",
+        "¿Cuál es el idioma oficial?",
+    ),
+    "fr": (
+        "Pays : {subject}.",
+        "Quelle est la capitale ?",
+        "Quelle est la monnaie ?",
+        "Sur quel continent ?",
+        "Quelle est la langue officielle ?",
+    ),
+    "hi": ("देश: {subject}।", "राजधानी क्या है?", "मुद्रा क्या है?", "किस महाद्वीप में है?", "राजभाषा क्या है?"),
+    "id": ("Negara: {subject}.", "Apa ibu kotanya?", "Apa mata uangnya?", "Di benua mana?", "Apa bahasa resminya?"),
+    "it": (
+        "Paese: {subject}.",
+        "Qual è la capitale?",
+        "Qual è la valuta?",
+        "In quale continente?",
+        "Qual è la lingua ufficiale?",
+    ),
+    "pt": (
+        "País: {subject}.",
+        "Qual é a capital?",
+        "Qual é a moeda?",
+        "Em que continente?",
+        "Qual é a língua oficial?",
+    ),
+    "th": ("ประเทศ: {subject}", "เมืองหลวงคืออะไร", "สกุลเงินคืออะไร", "อยู่ในทวีปใด", "ภาษาราชการคืออะไร"),
+    "tl": ("Bansa: {subject}.", "Ano ang kabisera?", "Ano ang pera?", "Saang kontinente?", "Ano ang opisyal na wika?"),
+    "vi": (
+        "Quốc gia: {subject}.",
+        "Thủ đô là gì?",
+        "Đơn vị tiền tệ là gì?",
+        "Thuộc châu lục nào?",
+        "Ngôn ngữ chính thức là gì?",
+    ),
 }
-_SHORT_KINDS = {"capital": 1, "currency": 2, "continent": 3}
+_SHORT_KINDS = {"capital": 1, "currency": 2, "continent": 3, "official_language": 4}
 
 
 def templates(kind: str, lang: str) -> tuple[str, ...]:
@@ -79,20 +122,26 @@ def _answers() -> dict[tuple[str, str, str], list[str]]:
 
 
 class Facts(Task):
-    """Questions about the nursery's facts. languages, kinds: only these (default all)."""
+    """Questions about the nursery's facts.
+
+    languages: weights for training (default half English); the test asks every fact of the languages named.
+    kinds: only these kinds of facts (default all).
+    """
 
     name = "facts"
 
-    def __init__(self, languages: Iterable[str] | None = None, kinds: Iterable[str] | None = None):
-        known_kinds, known_languages = ({key[part] for key in _answers()} for part in (0, 2))
-        kinds, languages = set(kinds or known_kinds), set(languages or known_languages)
-        for asked, known, what in ((kinds, known_kinds, "kind"), (languages, known_languages, "language")):
-            if asked - known:
-                missing = sorted(asked - known)[0]
-                raise PunaError(f"facts: no facts of {what} {missing!r}; choose from {', '.join(sorted(known))}")
-        self._keys = [key for key in _answers() if key[0] in kinds and key[2] in languages]
+    def __init__(self, languages: dict[str, float] | None = None, kinds: Iterable[str] | None = None):
+        weights = language_weights(self.name, languages)
+        known = {key[0] for key in _answers()}
+        kinds = known if kinds is None else set(kinds)
+        if kinds - known:
+            missing = sorted(kinds - known)[0]
+            raise PunaError(f"facts: no facts of kind {missing!r}; choose from {', '.join(sorted(known))}")
+        self._keys = [key for key in _answers() if key[0] in kinds and weights.get(key[2])]
+        self._by_language = {lang: [key for key in self._keys if key[2] == lang] for lang in weights}
+        self.weights = {lang: weight for lang, weight in weights.items() if self._by_language[lang]}
         if not self._keys:
-            raise PunaError("facts: no facts of these kinds in these languages")
+            raise PunaError("facts: no facts of these kinds in these languages; give others or leave them out")
 
     def size(self, split: str = "test", level: int = 0) -> int | None:
         return len(self._keys) if split == "test" else None
@@ -103,7 +152,7 @@ class Facts(Task):
         if split == "test":
             key = self._keys[_test_order(seed, len(self._keys))[index]]
         else:
-            key = rand.choice(self._keys)
+            key = rand.choice(self._by_language[weighted(self.weights, rand)])
         kind, subject, lang = key
         *trained, tested = templates(kind, lang)
         question = (tested if split == "test" else rand.choice(trained)).replace("{subject}", subject)

@@ -52,9 +52,9 @@ ONLY = {
     "place-map": "world map|map of Japan|compass|globe with meridians",
     "time": "hourglass done|watch|alarm clock|stopwatch|timer clock|mantelpiece clock",
     "sky-weather": "full moon|crescent moon|new moon face|thermometer|sun|sun with face|ringed planet|star"
-    "|shooting star|milky way|cloud|sun behind cloud|cloud with lightning and rain|cloud with rain|cloud with snow|tornado|wind face"
-    "|cyclone|rainbow|closed umbrella|umbrella|umbrella with rain drops|umbrella on ground|high voltage|snowflake"
-    "|snowman|comet|fire|droplet|water wave|sun behind rain cloud|cloud with lightning",
+    "|shooting star|milky way|cloud|sun behind cloud|cloud with lightning and rain|cloud with rain|cloud with snow"
+    "|tornado|wind face|cyclone|rainbow|closed umbrella|umbrella|umbrella with rain drops|umbrella on ground"
+    "|high voltage|snowflake|snowman|comet|fire|droplet|water wave|sun behind rain cloud|cloud with lightning",
     "game": "bullseye|yo-yo|kite|water pistol|pool 8 ball|crystal ball|magic wand|video game|joystick|slot machine"
     "|game die|puzzle piece|teddy bear|piñata|mirror ball|nesting dolls|chess pawn|joker",
     "sound": "loudspeaker|megaphone|postal horn|bell|speaker high volume",
