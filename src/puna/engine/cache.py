@@ -49,8 +49,7 @@ MAX_GROWTH = 2**16  # slots; a sequence of a million tokens should not double fo
 
 def local_layers(config: ModelConfig) -> tuple[bool, ...]:
     """For each layer: is it local (RoPE, chunked)? The others are global (NoPE)."""
-    global_ = set(config.nope_layers)
-    return tuple(layer not in global_ for layer in range(config.n_layers))
+    return tuple(not config.is_nope(layer) for layer in range(config.n_layers))
 
 
 def bytes_per_sequence(config: ModelConfig, length: int, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -98,8 +97,7 @@ class _Slab:
 
 
 class HybridCache:
-    """Keys and values of up to `rows` sequences of up to `max_context` tokens; `lengths[row]` tokens of each are
-    stored.
+    """Keys and values of up to `rows` sequences of up to `max_context` tokens; `lengths[row]` of each are stored.
 
     The engine asks for a `view` of some rows, runs the model with it, and then calls `advance`. Until then nothing
     has happened: a forward pass that failed can be repeated, as its keys lie beyond the valid length.
@@ -122,16 +120,11 @@ class HybridCache:
         self._allocate()
 
     def _allocate(self) -> None:
-        shape = self.config.n_kv_heads, self.config.head_dim
-        self.slabs = [
-            _Slab(
-                *shape, min(self.config.chunk, self.max_context) if local else self.max_context, self.dtype, self.device
-            )
-            for local in self.local
-        ]
+        c, everything = self.config, self.max_context
+        limits = [min(c.chunk, everything) if local else everything for local in self.local]
+        self.slabs = [_Slab(c.n_kv_heads, c.head_dim, limit, self.dtype, self.device) for limit in limits]
 
     # ---- rows
-    # -------------------------------------------------------------------------------------------------------
 
     def reserve(self, rows: int, length: int) -> None:
         """Makes room at once for rows 0 … rows-1 of `length` tokens (a long prompt then grows without doublings)."""
@@ -188,7 +181,6 @@ class HybridCache:
         return sum(slab.nbytes for slab in self.slabs)
 
     # ---- the forward pass
-    # -------------------------------------------------------------------------------------------
 
     def view(self, rows: Sequence[int], tokens: int) -> View:
         """The cache as a batch of these rows, each fed `tokens` more tokens (in the order of `rows`)."""
@@ -198,7 +190,7 @@ class HybridCache:
 class _Window:
     """Where this step's keys go in layers of one kind, which stored ones are read, and which each query may see.
 
-    `first[i]` is the slot of row i's first new token; the T new ones of every row end at or before `limit`.
+    `first[i]` is the slot of row i's first new token; keys of slots 0 … stop-1 are read.
     """
 
     def __init__(self, first: list[int], tokens: int, device: torch.device):

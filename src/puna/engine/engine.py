@@ -94,7 +94,6 @@ class Engine:
         return banned_V.to(self.device)
 
     # ---- requests
-    # ---------------------------------------------------------------------------------------------------
 
     def prepare(self, prompt) -> Prompt:
         """Messages, an `Encoded` or token ids, tokenised and checked; any thread may do this. Raises PunaError."""
@@ -126,13 +125,14 @@ class Engine:
 
     def abort_all(self) -> None:
         """Ends every request."""
-        for request in list(self._requests.values()):
-            self._finish(request, "abort")
+        for id in list(self._requests):
+            self.abort(id)
 
     def fail_all(self, error: Exception) -> None:
         """Ends every request with an error: for whoever runs the engine, when `step` itself raised."""
         for request in list(self._requests.values()):
-            self._finish(request, "error", error)
+            if request.completion is None:
+                self._finish(request, "error", error)
 
     @property
     def busy(self) -> bool:
@@ -140,7 +140,6 @@ class Engine:
         return bool(self._requests)
 
     # ---- one step
-    # ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -280,7 +279,6 @@ class Engine:
                 self._finish(request, "error", error)
 
     # ---- for one caller
-    # ---------------------------------------------------------------------------------------------
 
     def generate(
         self,

@@ -2,12 +2,11 @@
 
 One row at a time, in this order (the order of the common engines):
 
-    1. forbidden tokens get probability 0           (the engine bans image layout and headers: a model's answer is
-    text) 2. p = softmax(logits / temperature)            temperature 0 is greedy: the argmax, no random number
+    1. forbidden tokens get probability 0: the engine bans image layout and headers, since a model's answer is text
+    2. p = softmax(logits / temperature); temperature 0 is greedy: the argmax, no random number
     3. top-k: keep the k likeliest, renormalise
-    4. top-p: keep the likeliest tokens until their mass reaches p (Holtzman et al. 2019, arXiv 1904.09751); the
-    first one stays always 5. draw: u uniform in [0, 1), the first token whose cumulative probability exceeds u ·
-    (kept mass)
+    4. top-p: keep the likeliest tokens until their mass reaches p, at least one (arXiv 1904.09751)
+    5. draw: u uniform in [0, 1), then the first token whose cumulative probability exceeds u * (kept mass)
 
 Every request owns a random generator and takes exactly one u per token from it. So a seed gives the same draws
 whoever else is in the batch, and on any device: u is drawn on the CPU. Draws and sums are in float64: in float32
@@ -53,8 +52,7 @@ def _real(name: str, value: object) -> float:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request wants its tokens chosen. Everything is checked here, once; a bad value is a PunaError naming
-    the field.
+    """How one request wants its tokens chosen; checked here, once: a bad value is a PunaError naming the field.
 
     max_tokens: most tokens to generate (None: as many as the context has room for).
     temperature: 0 is greedy. top_k: 0 is off. top_p: in (0, 1]. seed: None draws a fresh one.

@@ -121,9 +121,7 @@ class EngineThread:
                         call()
                     if engine.busy:
                         engine.step()
-                except (
-                    Exception
-                ) as error:  # a defect of the engine itself: who is in it fails, who comes next is served
+                except Exception as error:  # a defect of the engine: who is in it fails, who comes next is served
                     log.exception("the engine failed in a step")
                     engine.fail_all(error)
         finally:

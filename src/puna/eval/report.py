@@ -50,10 +50,13 @@ def stage_summary(folder: Path, seconds: Mapping[str, float]) -> dict[str, dict]
                 for source, count in line["sources"].items():
                     sources[source] = sources.get(source, 0) + count
             entry |= {
-                "steps": len(lines), "tokens": sum(x["tokens"] for x in lines), "loss": lines[-1]["loss"],
-                "rows": dict(sorted(sources.items())), "skipped": sum(x["skipped"] for x in lines),
+                "steps": len(lines),
+                "tokens": sum(x["tokens"] for x in lines),
+                "loss": lines[-1]["loss"],
+                "rows": dict(sorted(sources.items())),
+                "skipped": sum(x["skipped"] for x in lines),
                 "training_seconds": round(sum(x["seconds"] for x in lines), 1),
-            }  # fmt: skip
+            }
         found[name] = entry
     return found
 
@@ -62,12 +65,15 @@ def write(folder: Path, rows: list[Row], samples: list[dict], run, seconds: Mapp
     """Writes report.json and report.html into a run's folder; returns what report.json holds."""
     newest = steps(folder / "sft")
     result = {
-        "commit": commit(), "versions": versions(),
+        "commit": commit(),
+        "versions": versions(),
         "device": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
-        "config": to_dict(run), "seconds": round(sum(seconds.values()), 1),
+        "config": to_dict(run),
+        "seconds": round(sum(seconds.values()), 1),
         "checkpoint": newest[0].name if newest else None,
-        "stages": stage_summary(folder, seconds), "results": [dataclasses.asdict(row) for row in rows],
-    }  # fmt: skip
+        "stages": stage_summary(folder, seconds),
+        "results": [dataclasses.asdict(row) for row in rows],
+    }
     _write(folder / "report.html", page(folder, result, samples))
     _write(folder / "report.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
@@ -80,11 +86,14 @@ def _write(path: Path, text: str) -> None:
 
 
 STYLE = """
-:root{color-scheme:light dark;--ink:#1d2a24;--soft:#5d6b64;--paper:#fbfaf6;--line:#e2dfd4;--good:#2f7d4f;--bad:#b4552d}
+:root{color-scheme:light dark;--ink:#1d2a24;--soft:#5d6b64;--paper:#fbfaf6;--line:#e2dfd4;
+  --good:#2f7d4f;--bad:#b4552d}
 @media(prefers-color-scheme:dark){:root{--ink:#e8e6dc;--soft:#a3aaa2;--paper:#171a18;--line:#333a35}}
-body{margin:2rem auto;max-width:60rem;padding:0 1rem;font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper)}
+body{margin:2rem auto;max-width:60rem;padding:0 1rem;font:16px/1.55 system-ui,sans-serif;
+  color:var(--ink);background:var(--paper)}
 h1{font-weight:650}h2{margin-top:2.5rem;font-weight:600}small,.soft{color:var(--soft)}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}td,th{padding:.3rem .6rem;text-align:left;border-bottom:1px solid var(--line)}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+td,th{padding:.3rem .6rem;text-align:left;border-bottom:1px solid var(--line)}
 td.n{text-align:right}.good{color:var(--good)}.bad{color:var(--bad)}
 .samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));gap:1rem}
 figure{margin:0;border:1px solid var(--line);border-radius:.6rem;padding:.7rem}figure svg{width:100%;border-radius:.4rem}
@@ -94,10 +103,14 @@ figure{margin:0;border:1px solid var(--line);border-radius:.6rem;padding:.7rem}f
 def page(folder: Path, result: dict, samples: list[dict]) -> str:
     """The whole report as one HTML page without external resources."""
     escape = html.escape
-    body = [f"<h1>{escape(result['config']['name'])}</h1>",
-            f"<p class=soft>{escape(result['device']['cpu'])}, {result['device']['threads']} threads · "
-            f"torch {escape(result['versions']['torch'])} · commit {escape(result['commit'][:12])} · "
-            f"{result['seconds'] / 60:.1f} minutes in all</p>", "<h2>Results</h2>", _table(result["results"])]  # fmt: skip
+    body = [
+        f"<h1>{escape(result['config']['name'])}</h1>",
+        f"<p class=soft>{escape(result['device']['cpu'])}, {result['device']['threads']} threads · "
+        f"torch {escape(result['versions']['torch'])} · commit {escape(result['commit'][:12])} · "
+        f"{result['seconds'] / 60:.1f} minutes in all</p>",
+        "<h2>Results</h2>",
+        _table(result["results"]),
+    ]
     body += ["<h2>Learning</h2>", _curves(folder, result)]
     body += ["<h2>Stages</h2>", _stages(result["stages"])]
     body += ["<h2>Samples</h2><div class=samples>", *(_figure(s) for s in samples), "</div>"]
@@ -117,8 +130,16 @@ def _table(rows: list[dict]) -> str:
     lines = ["<table><tr><th>row<th>value<th>± <th>n<th>chance<th>goal<th></tr>"]
     for row in rows:
         verdict = {True: "<td class=good>met", False: "<td class=bad>not met", None: "<td>"}[row["met"]]
-        cells = "".join(f"<td class=n>{x}" for x in (
-            _number(row["value"]), _number(row["stderr"]), row["n"], _number(row["chance"]), _number(row["goal"])))  # fmt: skip
+        cells = "".join(
+            f"<td class=n>{x}"
+            for x in (
+                _number(row["value"]),
+                _number(row["stderr"]),
+                row["n"],
+                _number(row["chance"]),
+                _number(row["goal"]),
+            )
+        )
         lines.append(f"<tr><td>{html.escape(row['name'])}{cells}{verdict}</tr>")
     return "".join(lines) + "</table>"
 
@@ -128,8 +149,10 @@ def _stages(stages: dict) -> str:
     for name, s in stages.items():
         rows = ", ".join(f"{k} {v}" for k, v in s.get("rows", {}).items())
         loss = _number(s.get("loss"))
-        lines.append(f"<tr><td>{html.escape(name)}<td class=n>{s.get('steps', '')}<td class=n>{s.get('tokens', '')}"
-                     f"<td class=n>{loss}<td class=n>{s['seconds']}<td><small>{html.escape(rows)}</small></tr>")  # fmt: skip
+        lines.append(
+            f"<tr><td>{html.escape(name)}<td class=n>{s.get('steps', '')}<td class=n>{s.get('tokens', '')}"
+            f"<td class=n>{loss}<td class=n>{s['seconds']}<td><small>{html.escape(rows)}</small></tr>"
+        )
     return "".join(lines) + "</table>"
 
 
@@ -175,15 +198,20 @@ def _figure(sample: dict) -> str:
         data = base64.b64encode(out.getvalue()).decode()
         boxes = "".join(
             f'<rect x="{b.x1}" y="{b.y1}" width="{b.x2 - b.x1}" height="{b.y2 - b.y1}" fill="none" '
-            'stroke="#e4572e" stroke-width="14"/>' for b in parse_boxes(sample["answer"])
-        )  # fmt: skip
-        parts.append(f'<svg viewBox="0 0 1000 1000"><image width="1000" height="1000" '
-                     f'href="data:image/png;base64,{data}"/>{boxes}</svg>')  # fmt: skip
+            'stroke="#e4572e" stroke-width="14"/>'
+            for b in parse_boxes(sample["answer"])
+        )
+        parts.append(
+            f'<svg viewBox="0 0 1000 1000"><image width="1000" height="1000" '
+            f'href="data:image/png;base64,{data}"/>{boxes}</svg>'
+        )
     question = item.prompt[-1]["content"]
     if not isinstance(question, str):
         question = " ".join(p["text"] for p in question if p["type"] == "text")
     kind = "good" if sample["grade"] else "bad"
-    parts.append(f"<figcaption><small>{html.escape(sample['task'])}</small><br>{html.escape(question[-200:])}<br>"
-                 f'<b class="{kind}">{html.escape(sample["answer"])}</b> <small>({html.escape(item.answer)})</small>'
-                 "</figcaption>")  # fmt: skip
+    parts.append(
+        f"<figcaption><small>{html.escape(sample['task'])}</small><br>{html.escape(question[-200:])}<br>"
+        f'<b class="{kind}">{html.escape(sample["answer"])}</b> <small>({html.escape(item.answer)})</small>'
+        "</figcaption>"
+    )
     return f"<figure>{''.join(parts)}</figure>"

@@ -1,4 +1,4 @@
-"""The suite behind report.json: naming, grounding, addition, needle and bits per byte, greedy and free, no candidates."""
+"""The suite behind report.json: naming, grounding, addition, needle, bits per byte; greedy and free, no candidates."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a run is: one frozen RunConfig, a recipe's only product; a StageRun is its view for one stage.
 
-    RunConfig   name, model, tokenizer, pretrain, midtrain, sft, eval        `puna raise`
-    StageRun    the same with one stage's data and train on top               `puna pretrain`, `--train.steps 100`
+RunConfig   name, model, tokenizer, pretrain, midtrain, sft, eval        `puna raise`
+StageRun    the same with one stage's data and train on top               `puna pretrain`, `--train.steps 100`
 """
 
 from __future__ import annotations
