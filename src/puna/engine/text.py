@@ -1,5 +1,4 @@
-"""Generated tokens become text, piece by piece, with two promises: no broken UTF-8, and never a part of a stop
-string.
+"""Generated tokens become text, piece by piece: no broken UTF-8, and never a part of a stop string.
 
 A stop string can be spread over tokens, so its beginning must be held back until it is clear that it is not one:
 

@@ -1,6 +1,17 @@
-"""Evaluation: what a model can do, each number with its n, its error, its chance level and its goal."""
+"""What a model can do, in numbers: bits per byte (nll.py), tasks answered by free generation (suite.py), and the one
+page that shows them all (report.py)."""
 
-from puna.eval.nll import bpb_evaluation
-from puna.eval.rows import EvalConfig, Row
+from puna.eval.config import GOALS, GOALS_HOUR, EvalConfig
+from puna.eval.nll import bits_per_byte, bpb_evaluation, unigram_bits_per_byte
+from puna.eval.rows import Row, Sample
 
-__all__ = ["EvalConfig", "Row", "bpb_evaluation"]
+__all__ = [
+    "GOALS",
+    "GOALS_HOUR",
+    "EvalConfig",
+    "Row",
+    "Sample",
+    "bits_per_byte",
+    "bpb_evaluation",
+    "unigram_bits_per_byte",
+]

@@ -1,217 +1,272 @@
-"""report.json, one result file in the project's one shape, and report.html, the same to be read by people."""
+"""A run's report: report.json, one result file in the project's one shape, and report.html, one page for people.
+
+The page is made from report.json and the stages' metrics.jsonl alone, so `rebuild` makes it again at any time; a stage
+that never ran is left out. A goal that was not met is said in the first line.
+"""
 
 from __future__ import annotations
 
 import base64
-import dataclasses
-import html
 import io
 import json
 import os
-import platform
-import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
-from puna import __version__
-from puna.eval.rows import Row
-from puna.fields import to_dict
+from puna.errors import PunaError
+from puna.eval import plots, record
+from puna.eval.rows import BITS, Row, Sample
+from puna.eval.template import PAGE, STYLE
 from puna.processor.grounding import parse_boxes
-from puna.train.checkpoint import cpu_name, steps
-from puna.train.metrics import read
+from puna.train import metrics
+
+COLOURS = ("var(--t0)", "var(--t1)", "var(--t2)", "var(--t3)", "var(--quiet)", "var(--ink)")
 
 
-def versions() -> dict[str, str]:
-    """What the numbers were made with."""
-    return {"puna": __version__, "torch": torch.__version__, "python": platform.python_version()}
+def write(
+    folder: Path, rows: Sequence[Row], samples: Sequence[Sample], config: Any, seconds: float | Mapping[str, float]
+) -> dict:
+    """Writes report.json and report.html into a run's folder; returns what report.json holds.
+
+    config: the run's configuration (a dataclass or JSON values). seconds: in all, or by part. Errors: PunaError when
+    the disk refuses.
+    """
+    values = record.result_json(rows, config, seconds, Path(folder), samples)
+    _save(Path(folder) / "report.html", page(Path(folder), values))
+    _save(Path(folder) / "report.json", json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return values
 
 
-def commit() -> str:
-    """The commit of the source tree puna runs from, or 'unknown' when it is installed."""
-    root = Path(__file__).parent
+def rebuild(folder: str | Path) -> Path:
+    """Makes report.html of an existing run again, from its report.json and metrics; returns its path.
+
+    Errors: PunaError when report.json is missing or damaged.
+    """
+    path = Path(folder) / "report.html"
+    _save(path, page(Path(folder), record.read_report(Path(folder))))
+    return path
+
+
+def _save(path: Path, text: str) -> None:
+    work = path.with_name(f".{path.name}.tmp")
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        work.write_text(text, encoding="utf-8")
+        os.replace(work, path)
+    except OSError as error:
+        raise PunaError(f"can't write {path}: {error.strerror or error}; free some disk space and run again") from error
+    finally:
+        work.unlink(missing_ok=True)
 
 
-def stage_summary(folder: Path, seconds: Mapping[str, float]) -> dict[str, dict]:
-    """Per stage: steps, tokens, tokens per source's share of rows, seconds, last loss."""
-    found = {}
-    for name, took in seconds.items():
-        lines = [x for x in read(folder / name / "metrics.jsonl") if "loss" in x]
-        entry: dict = {"seconds": round(took, 1)}
-        if lines:
-            sources: dict[str, int] = {}
-            for line in lines:
-                for source, count in line["sources"].items():
-                    sources[source] = sources.get(source, 0) + count
-            entry |= {
-                "steps": len(lines),
-                "tokens": sum(x["tokens"] for x in lines),
-                "loss": lines[-1]["loss"],
-                "rows": dict(sorted(sources.items())),
-                "skipped": sum(x["skipped"] for x in lines),
-                "training_seconds": round(sum(x["seconds"] for x in lines), 1),
-            }
-        found[name] = entry
+def page(folder: Path, values: Mapping[str, Any]) -> str:
+    """The whole report as one HTML page without external resources or scripts."""
+    rows = [_row(row) for row in values["results"]]
+    judged = [row for row in rows if row["met"] is not None]
+    model = values.get("model") or {"name": folder.name}
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
+    stages = values.get("stages") or {}
+    return environment.from_string(PAGE).render(
+        style=Markup(STYLE), model={"sha256": "", "finished": True} | model, versions=values["versions"],
+        device={"gpu": None} | values["device"], commit=values["commit"], raised=_time(values["seconds"]),
+        goals=len(judged), met=sum(row["met"] for row in judged),
+        missed=[f"{row['name']} ({row['shown']}, goal {row['goal'] or 'below chance'})" for row in judged
+                if not row["met"]],
+        headline=[row for row in rows if _headline(row["name"])], languages=_languages(rows),
+        samples=[_sample(Sample.from_dict(sample)) for sample in values.get("samples", [])],
+        facts=_facts(model), charts=charts(folder), stages=[_stage(name, each) for name, each in stages.items()],
+        parts=[(name, _time(took)) for name, took in values.get("parts", {}).items()],
+        tiles=any("tiles" in each for each in stages.values()), counting=_counting(folder),
+        configuration=json.dumps(values["config"], indent=1, ensure_ascii=False),
+    )  # fmt: skip
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def _headline(name: str) -> bool:
+    """Rows of the first table; the other languages have their own."""
+    kind, _, rest = name.partition("/")
+    return kind not in ("naming", "bpb") or rest in ("en", "en/shuffled", "code")
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as text."""
+    bits = row["unit"] == BITS
+
+    def shown(value: float | None, digits: int = 1) -> str:
+        if value is None:
+            return ""
+        return f"{value:.3f}" if bits else f"{100 * value:.{digits}f} %"
+
+    goal = shown(row["goal"])
+    if goal:
+        goal = ("≤ " if row.get("better") == "lower" else "≥ ") + goal
+    verdict = {True: Markup('<span class="good">met</span>'), False: Markup('<span class="bad">not met</span>'),
+               None: Markup('<span class="quiet">no goal</span>')}[row["met"]]  # fmt: skip
+    top = 1.05 * max(x for x in (row["value"], row["chance"], 0.0) if x is not None) if bits else 1.0
+    bar = plots.bar(row["value"], row["chance"], row["goal"], top, row["met"])
+    return {
+        "name": row["name"], "shown": shown(row["value"]) or "not measured", "error": shown(row["stderr"]), "bar": bar,
+        "chance": shown(row["chance"]), "goal": goal, "verdict": verdict, "n": f"{row['n']:,}", "met": row["met"],
+        "note": row.get("note", ""), "raw": row,
+    }  # fmt: skip
+
+
+def _languages(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    by_name = {row["name"]: row for row in rows}
+    empty = dict.fromkeys(("shown", "error", "chance", "goal", "verdict", "n"), "")
+    found = []
+    for lang in dict.fromkeys(name.split("/")[1] for name in by_name if name.split("/")[0] in ("naming", "bpb")):
+        naming, bits = by_name.get(f"naming/{lang}", empty), by_name.get(f"bpb/{lang}", empty)
+        below, raw = "", bits.get("raw")
+        if raw and raw["value"] is not None and raw["chance"]:
+            below = f"{100 * (1 - raw['value'] / raw['chance']):.1f} %"
+        found.append({"lang": lang, "naming": naming, "bpb": bits, "below": below})
     return found
 
 
-def write(folder: Path, rows: list[Row], samples: list[dict], run, seconds: Mapping[str, float]) -> dict:
-    """Writes report.json and report.html into a run's folder; returns what report.json holds."""
-    newest = steps(folder / "sft")
-    result = {
-        "commit": commit(),
-        "versions": versions(),
-        "device": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
-        "config": to_dict(run),
-        "seconds": round(sum(seconds.values()), 1),
-        "checkpoint": newest[0].name if newest else None,
-        "stages": stage_summary(folder, seconds),
-        "results": [dataclasses.asdict(row) for row in rows],
-    }
-    _write(folder / "report.html", page(folder, result, samples))
-    _write(folder / "report.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    return result
+# ---- answers --------------------------------------------------------------------------------------------------------
 
 
-def _write(path: Path, text: str) -> None:
-    work = path.with_suffix(path.suffix + ".tmp")
-    work.write_text(text, encoding="utf-8")
-    os.replace(work, path)
-
-
-STYLE = """
-:root{color-scheme:light dark;--ink:#1d2a24;--soft:#5d6b64;--paper:#fbfaf6;--line:#e2dfd4;
-  --good:#2f7d4f;--bad:#b4552d}
-@media(prefers-color-scheme:dark){:root{--ink:#e8e6dc;--soft:#a3aaa2;--paper:#171a18;--line:#333a35}}
-body{margin:2rem auto;max-width:60rem;padding:0 1rem;font:16px/1.55 system-ui,sans-serif;
-  color:var(--ink);background:var(--paper)}
-h1{font-weight:650}h2{margin-top:2.5rem;font-weight:600}small,.soft{color:var(--soft)}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-td,th{padding:.3rem .6rem;text-align:left;border-bottom:1px solid var(--line)}
-td.n{text-align:right}.good{color:var(--good)}.bad{color:var(--bad)}
-.samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));gap:1rem}
-figure{margin:0;border:1px solid var(--line);border-radius:.6rem;padding:.7rem}figure svg{width:100%;border-radius:.4rem}
-"""
-
-
-def page(folder: Path, result: dict, samples: list[dict]) -> str:
-    """The whole report as one HTML page without external resources."""
-    escape = html.escape
-    body = [
-        f"<h1>{escape(result['config']['name'])}</h1>",
-        f"<p class=soft>{escape(result['device']['cpu'])}, {result['device']['threads']} threads · "
-        f"torch {escape(result['versions']['torch'])} · commit {escape(result['commit'][:12])} · "
-        f"{result['seconds'] / 60:.1f} minutes in all</p>",
-        "<h2>Results</h2>",
-        _table(result["results"]),
-    ]
-    body += ["<h2>Learning</h2>", _curves(folder, result)]
-    body += ["<h2>Stages</h2>", _stages(result["stages"])]
-    body += ["<h2>Samples</h2><div class=samples>", *(_figure(s) for s in samples), "</div>"]
-    config = escape(json.dumps(result["config"], indent=1, ensure_ascii=False))
-    body += [f"<h2>Configuration</h2><details><summary>as resolved</summary><pre>{config}</pre></details>"]
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>puna report</title><style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
-    )
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _table(rows: list[dict]) -> str:
-    lines = ["<table><tr><th>row<th>value<th>± <th>n<th>chance<th>goal<th></tr>"]
-    for row in rows:
-        verdict = {True: "<td class=good>met", False: "<td class=bad>not met", None: "<td>"}[row["met"]]
-        cells = "".join(
-            f"<td class=n>{x}"
-            for x in (
-                _number(row["value"]),
-                _number(row["stderr"]),
-                row["n"],
-                _number(row["chance"]),
-                _number(row["goal"]),
-            )
-        )
-        lines.append(f"<tr><td>{html.escape(row['name'])}{cells}{verdict}</tr>")
-    return "".join(lines) + "</table>"
-
-
-def _stages(stages: dict) -> str:
-    lines = ["<table><tr><th>stage<th>steps<th>tokens<th>last loss<th>seconds<th>rows by source</tr>"]
-    for name, s in stages.items():
-        rows = ", ".join(f"{k} {v}" for k, v in s.get("rows", {}).items())
-        loss = _number(s.get("loss"))
-        lines.append(
-            f"<tr><td>{html.escape(name)}<td class=n>{s.get('steps', '')}<td class=n>{s.get('tokens', '')}"
-            f"<td class=n>{loss}<td class=n>{s['seconds']}<td><small>{html.escape(rows)}</small></tr>"
-        )
-    return "".join(lines) + "</table>"
-
-
-def _curves(folder: Path, result: dict) -> str:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), layout="constrained")
-    offset = 0
-    for name in result["stages"]:
-        lines = read(folder / name / "metrics.jsonl")
-        steps_ = [x for x in lines if "loss" in x]
-        if not steps_:
-            continue
-        at = [offset + x["step"] for x in steps_]
-        axes[0, 0].plot(at, [x["loss"] for x in steps_], label=name)
-        axes[0, 1].plot(at, [x["grad_norm"] for x in steps_], label=name)
-        axes[1, 0].plot(at, [x.get("router/max_load", 0) for x in steps_], label=name)
-        evals = [x for x in lines if x.get("eval") == "bpb"]
-        for lang in sorted({k for x in evals for k in x} - {"step", "eval"}):
-            axes[1, 1].plot([offset + x["step"] for x in evals], [x[lang] for x in evals], ".-", lw=1, label=lang)
-        offset = at[-1] + 1
-    titles = ("loss (nats per token)", "gradient norm", "busiest expert / mean load", "bits per byte")
-    for axis, title in zip(axes.flat, titles, strict=True):
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
-    out = io.BytesIO()
-    figure.savefig(out, format="svg")
-    plt.close(figure)
-    data = base64.b64encode(out.getvalue()).decode()
-    return f'<img alt="curves of all stages" style="width:100%;background:#fff" src="data:image/svg+xml;base64,{data}">'
-
-
-def _figure(sample: dict) -> str:
-    item, parts = sample["item"], []
-    for picture in item.pictures[:1]:
-        out = io.BytesIO()
-        picture.open().convert("RGB").save(out, format="PNG")
-        data = base64.b64encode(out.getvalue()).decode()
-        boxes = "".join(
-            f'<rect x="{b.x1}" y="{b.y1}" width="{b.x2 - b.x1}" height="{b.y2 - b.y1}" fill="none" '
-            'stroke="#e4572e" stroke-width="14"/>'
-            for b in parse_boxes(sample["answer"])
-        )
-        parts.append(
-            f'<svg viewBox="0 0 1000 1000"><image width="1000" height="1000" '
-            f'href="data:image/png;base64,{data}"/>{boxes}</svg>'
-        )
+def _sample(sample: Sample) -> dict[str, Any]:
+    item = sample.item
     question = item.prompt[-1]["content"]
     if not isinstance(question, str):
-        question = " ".join(p["text"] for p in question if p["type"] == "text")
-    kind = "good" if sample["grade"] else "bad"
-    parts.append(
-        f"<figcaption><small>{html.escape(sample['task'])}</small><br>{html.escape(question[-200:])}<br>"
-        f'<b class="{kind}">{html.escape(sample["answer"])}</b> <small>({html.escape(item.answer)})</small>'
-        "</figcaption>"
+        question = " ".join(part["text"] for part in question if part["type"] == "text")
+    if len(question) > 400:
+        question = f"[{len(question):,} characters] … {question[-160:]}"
+    boxed = bool(parse_boxes(item.answer))
+    pictures = [_picture(p, sample.text if boxed else "", item.answer if boxed else "") for p in item.pictures]
+    return {
+        "row": sample.row, "question": question, "text": sample.text, "expected": item.answer,
+        "right": sample.grade >= 0.5, "picture": Markup("").join(pictures),
+    }  # fmt: skip
+
+
+def _picture(picture: Any, said: str, true: str) -> Markup:
+    """The picture in a 0..999 square, with the boxes of two texts."""
+    out = io.BytesIO()
+    picture.open().convert("RGB").save(out, format="PNG", optimize=True)
+    data = base64.b64encode(out.getvalue()).decode()
+    rects = [
+        f'<rect class="{kind}" x="{box.x1}" y="{box.y1}" width="{box.x2 - box.x1}" height="{box.y2 - box.y1}"/>'
+        for kind, text in (("true", true), ("said", said))
+        for box in parse_boxes(text)[:1]
+    ]
+    return Markup(
+        '<svg viewBox="0 0 999 999" role="img" aria-label="the picture">'
+        f'<image width="999" height="999" preserveAspectRatio="none" href="data:image/png;base64,{data}"/>'
+        f"{''.join(rects)}</svg>"
     )
-    return f"<figure>{''.join(parts)}</figure>"
+
+
+# ---- the model, the stages ------------------------------------------------------------------------------------------
+
+
+def _facts(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    labels = {"total": "parameters", "active": "active per token", "vision": "of them vision", "layers": "layers",
+              "width": "width", "experts": "experts", "moe_layers": "expert layers", "chunk": "attention chunk",
+              "vocabulary": "vocabulary"}  # fmt: skip
+    return [(label, f"{model[key]:,}") for key, label in labels.items() if key in model]
+
+
+def _stage(name: str, stage: Mapping[str, Any]) -> dict[str, Any]:
+    seconds, flops = stage["seconds"], stage.get("flops")
+    total = max(1, sum(stage["capabilities"].values()))
+    mixture = []
+    for (kind, tokens), colour in zip(stage["capabilities"].items(), _colours(), strict=False):
+        sources = [(s, n) for s, n in stage["sources"].items() if record.capability(s) == kind]
+        mixture.append({
+            "name": kind, "tokens": tokens, "shown": f"{tokens:,}", "share": f"{100 * tokens / total:.1f} %",
+            "colour": colour, "sources": ", ".join(f"{s} {n:,}" for s, n in sources),
+        })  # fmt: skip
+    return {
+        "name": name, "steps": f"{stage['steps']:,}", "tokens": f"{stage['tokens']:,}", "valid": f"{stage['valid']:,}",
+        "seq_len": stage.get("seq_len") or "", "time": _time(seconds), "skipped": stage["skipped"], "mixture": mixture,
+        "rate": f"{stage['tokens'] / seconds:,.0f}" if seconds else "", "flops": _power(flops),
+        "speed": _power(flops / seconds) if flops and seconds else "",
+        "loss": "" if stage["loss"] is None else f"{stage['loss']:.3f}",
+    }  # fmt: skip
+
+
+def _colours():
+    """Colours without end, fainter each time round."""
+    strength = 100
+    while strength > 5:
+        for colour in COLOURS:
+            yield colour if strength == 100 else f"color-mix(in srgb, {colour} {strength}%, var(--bg))"
+        strength = strength * 6 // 10
+    while True:
+        yield "var(--line)"
+
+
+def _counting(folder: Path) -> str:
+    lines = [line for stage in record.stage_folders(folder) for line in metrics.read(stage / "metrics.jsonl")[:1]]
+    if lines and all("source_tokens" in line for line in lines):
+        return "Tokens fed, padding not counted; pictures count as the tokens they become."
+    return "Tokens fed, padding not counted, shared among the sources of a step by their rows."
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _power(value: float | None) -> str | Markup:
+    """1.2 × 10¹²."""
+    if not value:
+        return ""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return Markup(f"{mantissa} × 10<sup>{int(exponent)}</sup>")
+
+
+# ---- curves ---------------------------------------------------------------------------------------------------------
+
+
+def charts(folder: Path) -> list[tuple[Markup, Markup]]:
+    """(title, chart) of everything that was logged, all stages one after the other."""
+    steps, evaluations, breaks, offset = [], [], [], 0
+    for stage in record.stage_folders(folder):
+        lines = metrics.read(stage / "metrics.jsonl")
+        own = [line for line in lines if "loss" in line]
+        breaks.append((offset, stage.name))
+        steps += [(offset + line["step"], line) for line in own]
+        evaluations += [(offset + line["step"], line) for line in lines if line.get("eval") == "bpb"]
+        offset += max((line["step"] for line in lines), default=-1) + 1
+
+    def column(name: str, scale: float = 1.0) -> list[tuple[float, float]]:
+        return plots.finite((x, line[name] * scale if line.get(name) is not None else None) for x, line in steps)
+
+    def smoothed(title: str, name: str, zero: bool = False, scale: float = 1.0) -> tuple[str, Markup]:
+        points = column(name, scale)
+        raw, mean = (plots.thin(p) for p in (points, plots.smooth(points)))
+        lines = [plots.Series("", raw, 0, faint=True), plots.Series("", mean, 0)]
+        return title, plots.line_chart(title, lines, breaks, zero)
+
+    names = sorted({key for _, line in evaluations for key in line if key not in ("step", "eval", "time")})
+    tones = {"bpb/en": 0, "bpb/code": 1}
+    bits = [
+        plots.Series(name.removeprefix("bpb/"), plots.finite((x, line.get(name)) for x, line in evaluations),
+                     tones.get(name))
+        for name in sorted(names, key=lambda n: n in tones)
+    ]  # fmt: skip
+    rates = plots.finite(
+        (x, line["tokens"] / line["seconds"]) for x, line in steps if line.get("tokens") and line.get("seconds")
+    )
+    lines = [plots.Series("", plots.thin(rates), 0, faint=True), plots.Series("", plots.thin(plots.smooth(rates)), 0)]
+    found = [
+        smoothed("Loss, nats per learned token", "loss"),
+        ("Bits per byte of held-out text, by language", plots.line_chart("bits per byte", bits, breaks)),
+        smoothed("Busiest expert, load over the mean", "router/max_load"),
+        smoothed("Experts without a token, %", "router/dead", True, 100),
+        smoothed("Routes that the balance bias changed, %", "router/flip_share", True, 100),
+        smoothed("Gradient norm before clipping", "grad_norm", True),
+        ("Tokens per second", plots.line_chart("tokens per second", lines, breaks, zero=True)),
+        smoothed("Learning rate", "lr", True),
+    ]
+    return [(escape(title), chart) for title, chart in found if chart]

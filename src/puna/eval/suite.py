@@ -1,114 +1,162 @@
-"""The suite behind report.json: naming, grounding, addition, needle, bits per byte; greedy and free, no candidates."""
+"""The evaluation of a raised model: every row of the table of goals, in one pass.
+
+    naming/<lang>       what is this? pictures in a style never trained on; the whole name, freely generated
+    naming/en/shuffled  the same questions with exchanged pictures: a model that looks must fall to chance
+    grounding/iou50     where is the ...? in unseen scenes; the first box with IoU >= 0.5
+    addition/2digit     pairs of numbers never trained on
+    needle/2x           one of several codes in real text, twice the longest trained length
+    bpb/<lang>, code    bits per byte of held-out text against a unigram's
+
+All answers are greedy and free: the model writes, nothing is chosen for it. The items are those of `puna.tasks`' test
+splits, the judge is the task's own `grade`, chance comes from the same items. What a model cannot do (no vision tower,
+too short a context) is a row without a value, never a missing row.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
-from puna import nursery
+from puna import nursery, tasks
 from puna.data.sources import make_task
 from puna.engine import Engine
-from puna.eval.nll import bits_per_byte, unigram_bits_per_byte
-from puna.eval.rows import EvalConfig, Row, bits, share
+from puna.eval import nll
+from puna.eval.config import EvalConfig, for_minutes, smaller
+from puna.eval.rows import BITS, SHARE, Row, Sample, bits_row, chance_row, missing_row, share_row
 from puna.model import Llama4
 from puna.processor import Processor
-from puna.tasks import Item, Task, task
 from puna.tasks.naming import shuffled
 
+__all__ = ["EvalConfig", "answer", "for_minutes", "run", "smaller"]
 
-def smaller(config: EvalConfig) -> EvalConfig:
-    """The same suite with few items: a smoke run."""
-    return dataclasses.replace(
-        config, naming=24, naming_other=4, grounding=4, addition=16, needle=2, documents=1, needle_length=1024
-    )
+TrainingText = Mapping[str, Sequence[str]] | Callable[[str], Sequence[str]]
+Progress = Callable[[Row], None]
+TOKENS = {"naming": 48, "grounding": 80, "addition": 48, "needle": 16}  # most tokens of an answer
 
 
-def answers(engine: Engine, items: Sequence[Item], max_tokens: int) -> list[str]:
-    """Greedy answers to the items' prompts, stopped at the end of the turn."""
+def run(
+    model: Llama4, processor: Processor, config: EvalConfig, training_text: TrainingText,
+    progress: Progress | None = None, quiet: bool = False,
+) -> tuple[list[Row], list[Sample]]:  # fmt: skip
+    """All rows, in the table's order, and some answers to look at (always a task's first items, right or wrong).
+
+    training_text: what the model was trained on, by "text/<lang>" (or "<lang>") and "code", for chance; or a function
+    of a language or "code". progress(row): called as rows come; by default a line on stderr unless `quiet`. Computes in
+    the parameters' own dtype, as a loaded checkpoint does.
+    """
+    done = progress or ((lambda row: None) if quiet else _print)
+    computed, model.compute_dtype = model.compute_dtype, None
+    try:
+        return _run(Engine(model, processor, max_batch=config.batch), config, training_text, done)
+    finally:
+        model.compute_dtype = computed
+
+
+def _run(engine: Engine, config: EvalConfig, training_text: TrainingText, done: Progress):
+    rows, samples = [], []
+
+    def add(row: Row, some: Sequence[Sample] = ()) -> None:
+        rows.append(row)
+        samples.extend(some)
+        done(row)
+
+    for make in (_naming, _grounding, _addition, _needle):
+        for row, some in make(engine, config):
+            add(row, some)
+    for name in (*config.languages, "code"):
+        add(_bits(engine.model, engine.processor, config, name, training_text))
+    return rows, samples[: config.samples]
+
+
+def answer(engine: Engine, items: Sequence[tasks.Item], max_tokens: int) -> list[str]:
+    """Greedy answers to all items, decoded in batches."""
     return [done.text for done in engine.generate([item.prompt for item in items], max_tokens=max_tokens)]
 
 
-def graded(engine: Engine, kind: Task, items: Sequence[Item], max_tokens: int) -> tuple[list[float], list[str]]:
-    """(grades, answers) of a task's items."""
-    texts = answers(engine, items, max_tokens)
-    return [kind.grade(item, text) for item, text in zip(items, texts, strict=True)], texts
+def _graded(engine: Engine, task: tasks.Task, items: Sequence[tasks.Item], name: str) -> list[Sample]:
+    texts = answer(engine, items, TOKENS[task.name])
+    return [Sample(name, item, text, task.grade(item, text)) for item, text in zip(items, texts, strict=True)]
 
 
-def run(model: Llama4, processor: Processor, config: EvalConfig, training_text: Mapping[str, Sequence[str]],
-        quiet: bool = False) -> tuple[list[Row], list[dict]]:  # fmt: skip
-    """All rows, and some answers with their pictures for the report. Computes in the parameters' own dtype."""
-    model.compute_dtype = None
-    engine = Engine(model, processor, max_batch=config.batch)
-    rows: list[Row] = []
-    samples: list[dict] = []
-
-    def add(row: Row) -> None:
-        rows.append(row)
-        if not quiet:
-            chance = "" if row.chance is None else f"  chance {row.chance:.3f}"
-            print(f"  {row.name:20} {row.value:.3f} ± {row.stderr or 0:.3f}{chance}", file=sys.stderr, flush=True)
-
-    for part in (_naming, _grounding, _addition, _needle):
-        for row in part(engine, processor, config, samples):
-            add(row)
-    for row in _bits(model, processor, config, training_text):
-        add(row)
-    return rows, samples
+def _sees(engine: Engine) -> bool:
+    return engine.model.vision is not None and engine.processor.image is not None
 
 
-def _sample(samples: list[dict], kind: str, items, texts, grades, count: int) -> None:
-    for item, text, grade in islice(zip(items, texts, grades, strict=True), count):
-        samples.append({"task": kind, "item": item, "answer": text, "grade": grade})
-
-
-def _naming(engine, processor, config: EvalConfig, samples: list[dict]):
-    goals = config.goals
-    for lang in ("en", *(x for x in nursery.LANGUAGES if x != "en")):
-        kind = task("naming", lang=lang)
-        items = list(islice(kind.items("test", config.seed), config.naming if lang == "en" else config.naming_other))
-        grades, texts = graded(engine, kind, items, 24)
-        yield share(f"naming/{lang}", grades, kind.chance(items), goals.get(f"naming/{lang}"))
-        _sample(samples, f"naming/{lang}", items, texts, grades, 12 if lang == "en" else 1)
-        if lang == "en":
-            others = shuffled(items, config.seed)
-            grades, _ = graded(engine, kind, others, 24)
-            yield share("naming/en/shuffled", grades, kind.chance(items), None,
-                        "the same questions with another concept's picture: must fall to chance")  # fmt: skip
-
-
-def _grounding(engine, processor, config: EvalConfig, samples: list[dict]):
-    kind = task("grounding")
-    items = list(islice(kind.items("test", config.seed), config.grounding))
-    grades, texts = graded(engine, kind, items, 48)
-    _sample(samples, "grounding", items, texts, grades, 6)
-    yield share("grounding/iou50", grades, kind.chance(items), config.goals.get("grounding/iou50"))
-
-
-def _addition(engine, processor, config: EvalConfig, samples: list[dict]):
-    kind = task("addition")
-    items = list(islice(kind.items("test", config.seed), config.addition))
-    grades, texts = graded(engine, kind, items, 48)
-    _sample(samples, "addition", items, texts, grades, 4)
-    yield share("addition/2digit", grades, kind.chance(items), config.goals.get("addition/2digit"))
-
-
-def _needle(engine, processor, config: EvalConfig, samples: list[dict]):
-    kind = make_task("needle", processor, config.needle_length, {"tests": config.needle})
-    items = list(kind.items("test", config.seed))
-    grades, texts = graded(engine, kind, items, 16)
-    yield share("needle/2x", grades, kind.chance(items), config.goals.get("needle/2x"),
-                f"{config.needle_length} tokens")  # fmt: skip
-
-
-def _bits(model, processor, config: EvalConfig, training_text: Mapping[str, Sequence[str]]):
-    for name in (*nursery.LANGUAGES, "code"):
-        documents = (nursery.code("val") if name == "code" else nursery.texts(name, "val"))[: config.documents]
-        documents = [d[:20000] for d in documents]
-        if not documents:
+def _naming(engine: Engine, config: EvalConfig):
+    for lang in config.languages:
+        name = f"naming/{lang}"
+        goal = config.goals.get(name)
+        if not _sees(engine):
+            yield missing_row(name, SHARE, goal, "the model reads text only"), ()
             continue
-        training = training_text["code" if name == "code" else f"text/{name}"]
-        chance = unigram_bits_per_byte(processor, training, documents)
-        value, n, error = bits_per_byte(model, processor, documents, config.window)
-        yield bits(f"bpb/{name}", value, n, error, chance, config.goals.get(f"bpb/{name}"))
+        task = tasks.Naming(lang)
+        count = config.naming if lang == "en" else config.naming_languages
+        items = list(islice(task.items("test", config.seed), count))
+        graded = _graded(engine, task, items, name)
+        yield share_row(name, [s.grade for s in graded], task.chance(items), goal), graded[: 3 if lang == "en" else 1]
+        if lang == "en":
+            mixed = shuffled(items, config.seed)
+            grades = [s.grade for s in _graded(engine, task, mixed, f"{name}/shuffled")]
+            yield chance_row(f"{name}/shuffled", grades, task.chance(items), "pictures exchanged; at most chance"), ()
+
+
+def _grounding(engine: Engine, config: EvalConfig):
+    name = "grounding/iou50"
+    goal = config.goals.get(name)
+    if not _sees(engine):
+        yield missing_row(name, SHARE, goal, "the model reads text only"), ()
+        return
+    task = tasks.Grounding(tests=config.grounding)
+    items = list(task.items("test", config.seed))
+    graded = _graded(engine, task, items, name)
+    yield share_row(name, [s.grade for s in graded], task.chance(items), goal), graded[:4]
+
+
+def _addition(engine: Engine, config: EvalConfig):
+    name, task = "addition/2digit", tasks.Addition()
+    items = list(islice(task.items("test", config.seed, level=1), config.addition))
+    graded = _graded(engine, task, items, name)
+    yield share_row(name, [s.grade for s in graded], task.chance(items), config.goals.get(name)), graded[:2]
+
+
+def _needle(engine: Engine, config: EvalConfig):
+    name, room = "needle/2x", engine.max_context - TOKENS["needle"]
+    goal = config.goals.get(name)
+    if config.needle_length > room:
+        note = f"{config.needle_length} tokens do not fit the model's context of {engine.max_context}"
+        yield missing_row(name, SHARE, goal, note), ()
+        return
+    task = make_task("needle", engine.processor, config.needle_length, {"tests": config.needle})
+    items = list(task.items("test", config.seed))
+    graded = _graded(engine, task, items, name)
+    note = f"{config.needle_length:,} tokens"
+    yield share_row(name, [s.grade for s in graded], task.chance(items), goal, note), graded[:1]
+
+
+def _bits(model: Llama4, processor: Processor, config: EvalConfig, name: str, training: TrainingText) -> Row:
+    tokenizer = processor.tokenizer
+    documents = nursery.code("val") if name == "code" else nursery.texts(name, "val")
+    documents = nll.head(documents, config.bpb_bytes)
+    goal = config.goals.get(f"bpb/{name}")
+    read = _training(training, name)
+    if not documents or not read:
+        return missing_row(f"bpb/{name}", BITS, goal, "no text to measure or to compare with")
+    cut = nll.windows(tokenizer, documents, config.window)
+    lengths_V = nll.byte_lengths(tokenizer)
+    measured = nll.ratio(nll.window_bits(model, cut, tokenizer.pad, config.bpb_rows), cut, lengths_V)
+    counts_V = nll.token_counts(tokenizer, read, config.chance_chars)
+    chance = nll.unigram_bits_per_byte(counts_V, [i for ids in cut for i in ids[1:]], lengths_V)
+    return bits_row(f"bpb/{name}", measured.bpb, measured.n_tokens, measured.stderr, chance, goal)
+
+
+def _training(training: TrainingText, name: str) -> Sequence[str]:
+    if callable(training):
+        return training(name)
+    return training.get(name) or training.get(f"text/{name}") or ()
+
+
+def _print(row: Row) -> None:
+    value = "   -  " if row.value is None else f"{row.value:6.3f}"
+    verdict = {True: "met", False: "not met", None: ""}[row.met]
+    print(f"  {row.name:20} {value}  {verdict}", file=sys.stderr, flush=True)
