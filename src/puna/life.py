@@ -84,11 +84,12 @@ def for_minutes(run: RunConfig, minutes: float, speed: float) -> RunConfig:
             part,
             data=dataclasses.replace(part.data, options=options),
             train=dataclasses.replace(
-                part.train, steps=steps, checkpoint_every=max(1, round(part.train.checkpoint_every * scale)),
+                part.train, steps=steps, warmup=max(1, round(part.train.warmup * min(1.0, scale))),
+                checkpoint_every=max(1, round(part.train.checkpoint_every * scale)),
                 eval_every=max(1, round(part.train.eval_every * scale)),
             ),
         )  # fmt: skip
-    evaluation = suite.smaller(run.eval) if minutes < run.minutes / 4 else run.eval
+    evaluation = suite.smaller(run.eval) if minutes < run.minutes / 4 else suite.for_minutes(run.eval, minutes)
     return dataclasses.replace(run, minutes=minutes, eval=evaluation, **changed)
 
 

@@ -212,15 +212,15 @@ def small_maverick() -> ModelConfig:
 
 
 NANO_VISION = VisionConfig(
-    image_size=64, patch_size=8, width=128, layers=4, heads=4, mlp_width=512, adapter_width=256
+    image_size=64, patch_size=16, width=128, layers=2, heads=4, mlp_width=512, adapter_width=256
 )
 
 
 def _nano(n_experts: int, moe_step: int, qk_norm: bool, d_model: int = 256, n_layers: int = 4) -> ModelConfig:
     # Two cores: every feature of the architecture, chunk and temperature floor shrunk with the context.
     return ModelConfig(
-        vocab_size=4096, d_model=d_model, n_layers=n_layers, n_heads=d_model // 64, n_kv_heads=2, head_dim=64,
-        expert_width=2 * d_model, dense_width=4 * d_model, n_experts=n_experts, moe_step=moe_step, qk_norm=qk_norm,
+        vocab_size=8192, d_model=d_model, n_layers=n_layers, n_heads=d_model // 64, n_kv_heads=2, head_dim=64,
+        expert_width=d_model, dense_width=2 * d_model, n_experts=n_experts, moe_step=moe_step, qk_norm=qk_norm,
         chunk=256, floor_scale=256, max_context=131072, vision=NANO_VISION,
     )  # fmt: skip
 

@@ -3,11 +3,13 @@
 Any number of ranks, any order of construction and any sharding start bitwise equal, because every tensor (and every
 expert of a batched one) draws from a generator keyed by its own name.
 
-    embedding              N(0, 1): the first RMSNorm sees unit variance
+    embedding              N(0, 0.2^2): small, so that a few layers can rewrite a token (RMSNorm makes it 1 for them)
     matrices               N(0, 1/fan_in), truncated at 3 sigma
-    wo, w2 (branch ends)   the same, divided by sqrt(2 * layers), so the residual's variance does not grow with depth
+    wo, w2 (branch ends)   the same, times sqrt(4 / layers) beyond 4 layers, so that the residual's variance stays what
+                           it is in four layers; in the vision tower, divided by sqrt(2 * layers)
     router                 N(0, 1/fan_in) / 2: sigmoid scores near 1/2, experts chosen evenly
-    head                   N(0, 1/fan_in) / 4: the first loss is close to ln(vocabulary)
+    head                   0: the first loss is ln(vocabulary), and no gradient reaches the body before the head has
+                           learnt something to ask it for (arXiv 2203.03466, Appendix D.2)
     norms 1, biases 0; vision positions and class token N(0, 1/width)
 """
 
@@ -28,23 +30,22 @@ def _generator(seed: int, name: str, expert: int | None) -> torch.Generator:
 
 
 def std_of(name: str, shape: tuple[int, ...], config: ModelConfig) -> float | None:
-    """Standard deviation of a parameter's initial values; None: a constant (see `constant_of`)."""
+    """Standard deviation of a parameter's initial values; None: a constant, 1 for norms, else 0."""
     last = name.rsplit(".", 2)
-    if name.endswith(".bias") or "norm" in last[-2]:
+    if name.endswith(".bias") or "norm" in last[-2] or name == "output.weight":
         return None
     if name == "tok_embeddings.weight":
-        return 1.0
+        return 0.2
     if name.startswith("vision.") and name.endswith("_embedding"):
         return config.vision.width**-0.5
     fan_in = shape[1]  # Linear [out, in] and input-major experts [E, in, out] alike
     std = fan_in**-0.5
     if name.endswith(("attention.wo.weight", "w2.weight", "experts.w2", "mlp.fc2.weight")):
-        depth = config.vision.layers if name.startswith("vision.") else config.n_layers
-        return std / math.sqrt(2 * depth)
+        if name.startswith("vision."):
+            return std / math.sqrt(2 * config.vision.layers)
+        return std * math.sqrt(min(1.0, 4 / config.n_layers))
     if name.endswith("router.weight"):
         return std / 2
-    if name == "output.weight":
-        return std / 4
     return std
 
 
@@ -52,7 +53,7 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
     """The fp32 initial value of one parameter (or one expert at a time inside a batched one)."""
     std = std_of(name, shape, config)
     if std is None:
-        return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+        return torch.zeros(shape) if name.endswith(".bias") or name == "output.weight" else torch.ones(shape)
     value = torch.empty(shape)
     parts = [(value, None)] if ".experts." not in name else [(value[e], e) for e in range(shape[0])]
     for part, expert in parts:

@@ -4,6 +4,11 @@ Matrices decay; embeddings, norms, biases and position tables do not. A group's 
 own multiplier times the schedule, so one number is tuned:
 
     lr(group, step) = peak * multiplier(group) * wsd(step)
+
+Adam moves every entry by about its learning rate a step, whatever the gradient's size, so a group's rate decides how
+soon it learns against the others. The head may run ahead (it learns how often each token occurs), the adapter must
+not: pushed early, all pictures become one constant vector, and what tells them apart is lost before it was worth
+anything to the loss (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -13,17 +18,21 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-GROUPS = ("matrix", "embedding", "vector", "router", "vision")
+GROUPS = ("matrix", "embedding", "head", "vector", "router", "vision", "adapter")
 
 
 def group_of(name: str, parameter: torch.Tensor) -> str:
     """The group a parameter belongs to, by its plain name and rank."""
     if name.endswith(".bias") or "norm" in name or parameter.dim() < 2:
         return "vector"
-    if "embedding" in name and "patch" not in name or name == "output.weight":
+    if "embedding" in name and "patch" not in name:
         return "embedding"
+    if name == "output.weight":
+        return "head"
     if name.endswith("router.weight"):
         return "router"
+    if name.startswith(("vision.adapter.", "vision.projector.")):
+        return "adapter"
     return "vision" if name.startswith("vision.") else "matrix"
 
 
@@ -37,7 +46,7 @@ def build_adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[f
     groups = []
     for group, parameters in members.items():
         if parameters:
-            decays = group in ("matrix", "vision")
+            decays = group in ("matrix", "vision", "adapter")
             groups.append({
                 "params": parameters,
                 "name": group,

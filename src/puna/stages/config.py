@@ -22,7 +22,7 @@ STAGES = ("pretrain", "midtrain", "sft")
 class TokenizerConfig:
     """How a run's tokenizer is trained: BPE on equal shares of each language and of code."""
 
-    vocab_size: int = 4096
+    vocab_size: int = 8192
     special: str = "compact"
     digits: str = "single"
     chars: int = 300_000  # characters of each language

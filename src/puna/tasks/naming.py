@@ -122,7 +122,7 @@ class Naming(Task):
 
     name = "naming"
 
-    def __init__(self, lang: str | None = None, languages: dict[str, float] | None = None, naming_weight: float = 4.0):
+    def __init__(self, lang: str | None = None, languages: dict[str, float] | None = None, naming_weight: float = 8.0):
         self.weights = language_weights(self.name, {lang: 1.0} if lang else languages)
         self.lang = lang or "en"
         if naming_weight <= 0:

@@ -37,7 +37,7 @@ SCENE_SIDE = 128
 
 # White comes often, since that is how the plain pictures of tests look.
 BACKGROUND_WEIGHTS = {
-    "white": 6, "solid": 5, "gradient": 4, "clouds": 2, "noise": 1, "stripes": 1, "checker": 1,
+    "white": 12, "solid": 3, "gradient": 2, "clouds": 1, "noise": 1, "stripes": 1, "checker": 1,
 }  # fmt: skip
 
 _SIDED = (
@@ -175,8 +175,8 @@ class EmojiPicture(PictureRef):
         rand = rng("emoji", self.concept, self.style, self.seed)
         kind = rand.choices(list(BACKGROUND_WEIGHTS), list(BACKGROUND_WEIGHTS.values()))[0]
         picture = backgrounds.background(kind, rand, SIDE, SIDE)
-        scale = rand.uniform(0.6, 1.1)
-        angle = math.radians(rand.uniform(-15, 15)) if rand.random() < 0.6 else 0.0
+        scale = rand.uniform(0.85, 1.08)
+        angle = math.radians(rand.uniform(-8, 8)) if rand.random() < 0.4 else 0.0
         room = SIDE * max(0.04, (1 - scale) / 2)  # small pictures wander, large ones stay in sight
         shift_x, shift_y = rand.uniform(-room, room), rand.uniform(-room, room)
         mirror = rand.random() < 0.5 and may_mirror(self.concept)

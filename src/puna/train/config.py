@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from puna.errors import PunaError
+from puna.optim.adamw import GROUPS
 
 
 @dataclass(frozen=True)
@@ -15,19 +16,21 @@ class TrainConfig:
     rows: int = 8  # rows per optimizer step
     accumulate: int = 1  # micro-batches per step; rows must divide by it
     lr: float = 3e-3  # peak learning rate of matrices
-    lr_embedding: float = 1.0  # multipliers on lr for the other groups
-    lr_vector: float = 1.0
+    lr_embedding: float = 1.0  # multipliers on lr for the other groups; 0 freezes one
+    lr_head: float = 1.0
+    lr_vector: float = 1.0  # norms and biases
     lr_router: float = 1.0
-    lr_vision: float = 1.0
+    lr_vision: float = 1.0  # the vision encoder
+    lr_adapter: float = 1.0  # the adapter and the projector behind it
     weight_decay: float = 0.1
     beta1: float = 0.9
-    beta2: float = 0.95
+    beta2: float = 0.99
     eps: float = 1e-8
     warmup: int = 20  # steps
     decay: float = 0.2  # last fraction of the steps
     floor: float = 0.05  # final learning rate / peak
     clip: float = 1.0  # global gradient norm
-    balance: float = 1e-2  # update of the router's selection bias per step; 0: none
+    balance: float = 3e-4  # update of the router's selection bias per step; 0: none
     max_skips: int = 5  # consecutive non-finite steps before the run stops
     compute_dtype: str = "auto"  # auto | bfloat16 | float32
     threads: int = 0  # 0: all cores
@@ -45,8 +48,16 @@ class TrainConfig:
         for name in ("lr", "clip", "eps"):
             if not getattr(self, name) > 0:
                 raise PunaError(f"train.{name} must be positive, got {getattr(self, name)}")
+        for group, multiplier in self.multipliers.items():
+            if not multiplier >= 0:
+                raise PunaError(f"train.lr_{group} must not be negative (0 freezes the group), got {multiplier}")
         for name in ("decay", "floor", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise PunaError(f"train.{name} must lie in 0..1, got {getattr(self, name)}")
         if self.compute_dtype not in ("auto", "bfloat16", "float32"):
             raise PunaError(f"train.compute_dtype must be auto, bfloat16 or float32, got {self.compute_dtype!r}")
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """Learning-rate multipliers by parameter group (`optim.adamw.group_of`); that of matrices is 1."""
+        return {group: getattr(self, f"lr_{group}") for group in GROUPS if group != "matrix"}

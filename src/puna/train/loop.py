@@ -25,7 +25,7 @@ from puna.errors import PunaError
 from puna.model import Llama4
 from puna.optim.adamw import build_adamw, set_lr
 from puna.optim.schedule import anneal, wsd
-from puna.train import checkpoint
+from puna.train import checkpoint, memory
 from puna.train.config import TrainConfig
 from puna.train.metrics import Display, MetricsFile
 from puna.train.step import Balancer, train_step
@@ -101,11 +101,12 @@ def train(job: Job) -> Llama4:
     Stopped after a signal. In each case the last good checkpoint is intact.
     """
     config, model = job.train, job.model
+    memory.keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     optimizer = build_adamw(
         model, config.lr, config.weight_decay, (config.beta1, config.beta2), config.eps,
-        {group: getattr(config, f"lr_{group}") for group in ("embedding", "vector", "router", "vision")},
+        config.multipliers,
     )  # fmt: skip
     balancer = Balancer(model, config.balance)
     run = checkpoint.resume(job.folder, model, optimizer, balancer)
@@ -147,7 +148,7 @@ def _steps(job: Job, optimizer, balancer, done: int, metrics, display, received:
         metrics.write(
             step=step, loss=result.loss, lr=config.lr * multiplier, grad_norm=result.grad_norm, tokens=result.tokens,
             valid=result.valid, seconds=seconds, waited=waited, skipped=result.skipped, sources=batch.sources,
-            **result.metrics,
+            source_tokens=batch.source_tokens, tiles=0 if batch.tiles is None else len(batch.tiles), **result.metrics,
         )  # fmt: skip
         left = (time.perf_counter() - start) / (step + 1 - done) * (config.steps - step - 1)
         display.step(step + 1, result.loss, result.tokens / seconds, left)
