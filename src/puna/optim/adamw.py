@@ -56,7 +56,8 @@ def build_adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[f
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
-    """Sets every group's learning rate to its peak times the schedule's multiplier."""
+def set_lr(optimizer: torch.optim.Optimizer, multiplier: float, head: float | None = None) -> None:
+    """Sets every group's learning rate to its peak times the schedule's multiplier; `head`: the head's own."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * multiplier
+        own = head is not None and group["name"] == "head"
+        group["lr"] = group["peak"] * (head if own else multiplier)

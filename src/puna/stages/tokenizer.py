@@ -2,7 +2,8 @@
 
 The names of the nursery's things are read many times over (`NAMES`), so that most of them become one token. A name in
 letters is a chain of guesses that other names share; a name in one token is the class itself, and a young eye learns it
-several times sooner (docs/LOG.md).
+several times sooner (docs/LOG.md). So are the words that every conversation repeats (`TURNS`): half of a short answer's
+tokens would be pieces of "assistant".
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from puna.processor import ImageProcessor, Processor, Tokenizer
 from puna.stages.config import TokenizerConfig
 
 MAX_TILES = 4  # of a nano's pictures; Llama 4's own limit is 16
+TURNS = ("user", "assistant", "ipython", "system", '<box label="dog">', "</box>")  # what conversations repeat
+TURN_READINGS = 300
 NAMES = {"asked": 100, "en": 60, "others": 10}  # readings of an English name that the naming test asks, or not; others
 
 
@@ -30,7 +33,7 @@ def training_text(config: TokenizerConfig, seed: int = 0):
         for _ in range(NAMES["others" if lang != "en" else "asked" if concept.naming else "en"])
     )
     code = texts("code", max_chars=config.code_chars, seed=seed)
-    return itertools.chain(names, code, itertools.chain.from_iterable(languages))
+    return itertools.chain(names, TURNS * TURN_READINGS, code, itertools.chain.from_iterable(languages))
 
 
 def make_processor(config: TokenizerConfig, vision: VisionConfig | None, folder: Path, seed: int = 0) -> Processor:

@@ -35,7 +35,7 @@ SENTENCES = {
     "tl": (("Ang larawang ito ", " ay nagpapakita ng: {name}."), ("Larawan: ", " ({name})")),
     "vi": (("Hình này ", " cho thấy: {name}."), ("Hình: ", " ({name})")),
 }
-SHAPES = {"name": 12, "sentence": 2, "list": 4, "languages": 1, "keywords": 1}
+SHAPES = {"name": 40, "list": 3, "sentence": 2, "languages": 1, "keywords": 1}
 
 
 class Captions:

@@ -101,9 +101,11 @@ def steps(stage: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(STEP.search(p.name).group(1)), reverse=True)
 
 
-def prune(stage: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what a killed writer left."""
-    for old in steps(stage)[keep:]:
+def prune(stage: Path, keep: int, done: int) -> None:
+    """Removes all but the newest `keep` checkpoints up to step `done`, what lies beyond it (damaged, or the run would
+    not have gone back behind it), and what a killed writer left."""
+    beyond = [p for p in steps(stage) if int(STEP.search(p.name).group(1)) > done]
+    for old in beyond + steps(stage)[len(beyond) + keep :]:
         shutil.rmtree(old, ignore_errors=True)
     for stale in stage.glob(".step-*"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -127,7 +129,7 @@ def restore(folder: Path, model: Llama4, optimizer: torch.optim.Optimizer, balan
     """
     run = read_run(folder)
     weights = _tensors(folder / MODEL_FILE, run["hashes"])
-    training = _tensors(folder / OPTIMIZER_FILE, run["training_hashes"])
+    training = _tensors(folder / OPTIMIZER_FILE, run.get("training_hashes") or {})
     parameters = dict(model.named_parameters())
     if weights.keys() != parameters.keys():
         name = sorted(weights.keys() ^ parameters.keys())[0]
@@ -143,7 +145,7 @@ def restore(folder: Path, model: Llama4, optimizer: torch.optim.Optimizer, balan
         bias.copy_(training[f"balance/{i}"])
     torch.set_rng_state(training["random_state"])
     here = environment()
-    different = [k for k in here if run["environment"].get(k) != here[k]]
+    different = [k for k in here if (run.get("environment") or {}).get(k) != here[k]]
     if different:
         warnings.warn(
             f"resuming {folder.name} with another {', '.join(different)}: the run goes on, but not bitwise as before",

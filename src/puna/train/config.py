@@ -27,6 +27,7 @@ class TrainConfig:
     beta2: float = 0.99
     eps: float = 1e-8
     warmup: int = 20  # steps
+    warmup_head: int = 0  # steps of the head's own, shorter warm-up; 0: the same
     decay: float = 0.2  # last fraction of the steps
     floor: float = 0.05  # final learning rate / peak
     clip: float = 1.0  # global gradient norm
@@ -48,6 +49,9 @@ class TrainConfig:
         for name in ("lr", "clip", "eps"):
             if not getattr(self, name) > 0:
                 raise PunaError(f"train.{name} must be positive, got {getattr(self, name)}")
+        for name in ("warmup", "warmup_head"):
+            if getattr(self, name) < 0:
+                raise PunaError(f"train.{name} must not be negative, got {getattr(self, name)}")
         for group, multiplier in self.multipliers.items():
             if not multiplier >= 0:
                 raise PunaError(f"train.lr_{group} must not be negative (0 freezes the group), got {multiplier}")

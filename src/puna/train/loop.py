@@ -10,6 +10,7 @@ threads, torch and CPU). A non-finite step changes nothing and is reported; seve
 
 from __future__ import annotations
 
+import platform
 import signal
 import time
 from collections.abc import Callable
@@ -74,6 +75,8 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if platform.machine().lower() in ("x86_64", "amd64"):  # there AVX-512 alone counts as support, and is slower
+        native = native and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if native else torch.float32
 
 
@@ -138,7 +141,8 @@ def _steps(job: Job, optimizer, balancer, done: int, metrics, display, received:
         model.train()
         balancer.apply(anneal(step, config.steps))
         multiplier = wsd(step, config.steps, config.warmup, config.decay, config.floor)
-        set_lr(optimizer, multiplier)
+        head = wsd(step, config.steps, config.warmup_head or config.warmup, config.decay, config.floor)
+        set_lr(optimizer, multiplier, head)
         batch = job.source(step)
         waited = time.perf_counter() - begin
         result = train_step(model, optimizer, batch.split(config.accumulate), job.term, config.clip, config.slice)
@@ -166,8 +170,8 @@ def _steps(job: Job, optimizer, balancer, done: int, metrics, display, received:
             checkpoint.save(
                 job.folder, step + 1, last, job.record, model, job.processor, optimizer, balancer
             )  # fmt: skip
-            checkpoint.prune(job.folder, 1 if last else config.keep)
-        if received and not last:
+            checkpoint.prune(job.folder, 1 if last else config.keep, step + 1)
+        if received:  # after the last step too: what comes behind this stage must not begin
             raise Stopped(received[0], step)
 
 

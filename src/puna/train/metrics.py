@@ -6,6 +6,7 @@ A resumed run drops the lines of the steps it is about to repeat, so that every 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -28,8 +29,9 @@ class MetricsFile:
         self._handle = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
     def write(self, **values) -> None:
-        """One line, visible to readers at once."""
-        self._handle.write(json.dumps(values) + "\n")
+        """One line, visible to readers at once; a number that is not finite is null, for JSON has no other word."""
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._handle.write(json.dumps(known) + "\n")
         self._handle.flush()
 
     def close(self) -> None:
