@@ -367,6 +367,19 @@ def test_needle_length_depth_and_keys():
     assert source.chance(items) <= 1 / 5
 
 
+def test_needle_asks_several_codes_of_one_text_in_training():
+    source = task("needle", length=400, count=count, turns=4)
+    items = [source.item(i, "train") for i in range(12)]
+    assert {len(item.messages) // 2 for item in items} == {1, 2, 3, 4}
+    for item in items:
+        text = item.messages[0]["content"]
+        for question, answer in zip(item.messages[::2], item.messages[1::2], strict=True):
+            key = question["content"].rsplit("What is the code of the ")[-1].removesuffix("?")
+            assert f"The code of the {key} is {answer['content']}." in text
+        assert sum(count(m["content"]) for m in item.messages[::2]) <= 400
+    assert all(len(item.messages) == 2 for item in source.items("test"))
+
+
 def test_needle_levels_double_the_length():
     item = make("needle").item(0, "test", level=1)
     assert 0.85 * 800 <= count(item.messages[0]["content"]) <= 800

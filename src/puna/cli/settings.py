@@ -64,7 +64,7 @@ def apply(values: dict, overrides: list[tuple[str, str]]) -> dict:
     return values
 
 
-def read(recipe: str) -> tuple[dict, bool, str | None]:
+def read(recipe: str, minutes: float | None = None) -> tuple[dict, bool, str | None]:
     """(settings, is it one stage's?, --init) of a recipe's name, a .py file or a resolved .json.
 
     A .json is what a run left: runs/NAME/config.json, runs/NAME/<stage>.json, a checkpoint's run.json, or what `puna
@@ -73,7 +73,7 @@ def read(recipe: str) -> tuple[dict, bool, str | None]:
     if not recipe.endswith(".json"):
         from puna import recipes
 
-        return to_dict(recipes.get(recipe)), False, None
+        return to_dict(recipes.get(recipe, minutes)), False, None
     try:
         values = json.loads(Path(recipe).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -95,7 +95,7 @@ def run_config(args) -> RunConfig:
     """The run that `puna raise` and `puna tokenizer train` are asked for."""
     from puna.stages import RunConfig
 
-    values, one_stage, _ = read(args.recipe)
+    values, one_stage, _ = read(args.recipe, getattr(args, "minutes", None))
     if one_stage:
         raise PunaError(f"{args.recipe} holds the stage {values['stage']} alone: give it to `puna {values['stage']}`")
     return build(RunConfig, apply(_named(values, args), args.overrides))

@@ -84,7 +84,10 @@ def recipe_cp(args) -> None:
     if target.exists():
         raise PunaError(f"{target} exists already: remove it or choose another name")
     code = inspect.getsource(sys.modules[RECIPES[args.recipe].__module__])
-    last = f'def recipe() -> RunConfig:\n    """This file\'s own recipe."""\n    return {args.recipe}()\n'
+    last = (
+        'def recipe(minutes: float | None = None) -> RunConfig:\n    """This file\'s own recipe."""\n'
+        f"    return {args.recipe}(minutes)\n"
+    )
     write_atomic(target, f"{code.rstrip()}\n\n\n{last}")
     print(f"{target}: change it, then `puna raise {target} --name NAME`")
 

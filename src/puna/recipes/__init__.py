@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import runpy
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from puna.stages import RunConfig
 RECIPES = {f.__name__: f for f in (nano_scout, nano_maverick)}
 
 
-def get(name: str) -> RunConfig:
+def get(name: str, minutes: float | None = None) -> RunConfig:
     """The recipe called `name`, or the one that function `recipe()` of a .py file returns.
+
+    minutes: how long the run is to be. A recipe whose function takes it may give another table of steps and mixtures
+    to an hour than to ten minutes; `life.for_minutes` scales from there.
 
     Errors: PunaError with the nearest valid name; a file without a recipe() that returns a RunConfig.
     """
@@ -22,10 +26,14 @@ def get(name: str) -> RunConfig:
         if not Path(name).is_file():
             raise PunaError(f"there is no recipe file {name}")
         made = runpy.run_path(name).get("recipe")
-        config = made() if callable(made) else None
+        config = _call(made, minutes) if callable(made) else None
         if not isinstance(config, RunConfig):
             raise PunaError(f"{name} must define a function recipe() that returns a RunConfig")
         return config
     if name not in RECIPES:
         raise PunaError(f"unknown recipe {name!r}; did you mean {nearest(name, RECIPES)!r}?")
-    return RECIPES[name]()
+    return _call(RECIPES[name], minutes)
+
+
+def _call(recipe, minutes: float | None):
+    return recipe(minutes) if inspect.signature(recipe).parameters else recipe()

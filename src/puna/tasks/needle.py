@@ -29,6 +29,7 @@ KEYS = tuple(f"{colour} {thing}" for colour in _COLOURS.split() for thing in _TH
 SENTENCE = "The code of the {key} is {value}."
 QUESTION = "What is the code of the {key}?"
 LEVELS = 8
+TURN = 20  # tokens that another question costs besides its text: headers, an answer's digits, ends of turn
 _BREAK = re.compile(r"(?<=[.!?;:])\s+|\n+")
 _TOO_LONG = 400  # characters; a longer stretch without a break is cut at spaces
 
@@ -57,6 +58,7 @@ class Needle(Task):
     count: text -> number of tokens. keys: (fewest, most) different codes in a text, at least 5; fewer where a short
     text has no room for the most. languages: of the haystack, drawn evenly.
     shortest: training lengths are uniform in [shortest * length, length]. tests: how many test items.
+    turns: the most codes a training text is asked for, one after the other; the length holds all questions.
     """
 
     name = "needle"
@@ -69,12 +71,16 @@ class Needle(Task):
         languages: Iterable[str] = ("en",),
         shortest: float = 0.5,
         tests: int = 100,
+        turns: int = 1,
     ):
+        self.turns = turns
         self.length, self.count, self.keys, self.shortest, self.tests = length, count, tuple(keys), shortest, tests
         self.languages = tuple(languages)
         check_languages("needle", self.languages)
         if not 5 <= self.keys[0] <= self.keys[1] <= len(KEYS):
             raise PunaError(f"needle: keys {self.keys} must be (fewest, most) with fewest at least 5")
+        if turns < 1:
+            raise PunaError(f"needle: turns must be at least 1, got {turns}")
         if not 0 < shortest <= 1 or tests < 1 or not self.languages:
             raise PunaError("needle: needs 0 < shortest <= 1, tests >= 1 and at least one language")
         self._counts: dict[str, int] = {}
@@ -100,8 +106,9 @@ class Needle(Task):
         depth = (index + rand.random()) / self.tests if split == "test" else rand.random()
         depths = [depth, *(rand.random() for _ in keys[1:])]
         values: list[int] = []
-        question = QUESTION.format(key=keys[0])
-        used = sum(self._cost(SENTENCE.format(key=key, value=54321)) for key in keys) + self._cost(question)
+        questions = [QUESTION.format(key=key) for key in keys[: rand.randint(1, self.turns) if split == "train" else 1]]
+        used = sum(self._cost(SENTENCE.format(key=key, value=54321)) for key in keys)
+        used += self._cost(questions[0]) + sum(self._cost(question) + TURN for question in questions[1:])
         hay = self._hay(rand, lang, split, length - used)
         while len(values) < len(keys):
             value = rand.randint(10000, 99999)
@@ -110,19 +117,23 @@ class Needle(Task):
         needles = [SENTENCE.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
         while True:
             text = _insert(hay, needles, depths)
-            whole = f"{text}\n\n{question}"
-            if self.count(whole) <= length or not hay:
+            whole = f"{text}\n\n{questions[0]}"
+            later = sum(self.count(question) + TURN for question in questions[1:])
+            if self.count(whole) + later <= length or not hay:
                 break
             hay.pop()  # pieces' counts add up only roughly; give way at the end
         meta = {
             "task": self.name,
             "lang": lang,
-            "key": keys[0],
+            "key": keys[len(questions) - 1],
             "keys": len(keys),
             "depth": text.index(needles[0]) / max(1, len(text) - len(needles[0])),
             "length": length,
         }
-        return Item([user(whole), assistant(str(values[0]))], str(values[0]), meta)
+        messages = []
+        for text, value in zip([whole, *questions[1:]], values, strict=False):
+            messages += [user(text), assistant(str(value))]
+        return Item(messages, str(values[len(questions) - 1]), meta)
 
     def grade(self, item: Item, text: str) -> float:
         """1 if the only 5-digit number in `text` is the asked code; else 0."""
