@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import math
 import shutil
 import sys
 import time
@@ -21,12 +21,14 @@ from pathlib import Path
 import torch
 
 from puna import nursery
+from puna.convert.tensors import read_json
 from puna.data import Batch
 from puna.errors import PunaError
-from puna.eval import report, suite
+from puna.eval import record, report, suite
 from puna.fields import build, differences, to_dict
 from puna.model import Llama4
 from puna.optim import build_adamw
+from puna.processor.files import write_atomic
 from puna.stages import RUN, STAGES, RunConfig, make_processor
 from puna.stages.common import fit_model, is_finished
 from puna.train.lock import lock
@@ -69,8 +71,8 @@ def for_minutes(run: RunConfig, minutes: float, speed: float) -> RunConfig:
 
     speed: measured tokens per second; only its ratio to `run.speed` counts, held within 1/2..2.
     """
-    if not minutes > 0:
-        raise PunaError(f"--minutes must be positive, got {minutes}")
+    if not 0 < minutes < math.inf:
+        raise PunaError(f"--minutes must be positive and finite, got {minutes}")
     scale = minutes / run.minutes * min(2.0, max(0.5, speed / run.speed))
     changed = {}
     for name in STAGES:
@@ -100,7 +102,7 @@ def resolve(run: RunConfig, folder: Path, minutes: float | None) -> RunConfig:
     """
     path = folder / CONFIG
     if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
         asked = {"recipe": to_dict(run), "minutes": minutes}
         different = differences(saved["asked"], asked)
         if different:
@@ -110,18 +112,14 @@ def resolve(run: RunConfig, folder: Path, minutes: float | None) -> RunConfig:
             )
         return build(RunConfig, saved["run"])
     resolved = run if minutes is None else for_minutes(run, minutes, probe(run))
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"asked": {"recipe": to_dict(run), "minutes": minutes}, "run": to_dict(resolved)}, indent=1)
-    work = path.with_suffix(".tmp")
-    work.write_text(text + "\n", encoding="utf-8")
-    os.replace(work, path)
+    write_atomic(path, text + "\n")
     return resolved
 
 
 def raise_model(run: RunConfig, folder: Path, minutes: float | None = None, fresh: bool = False,
                 quiet: bool = False) -> dict:  # fmt: skip
     """Raises a model in `folder`; returns what report.json holds. A finished run is only read."""
-    folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
         if fresh:
             for path in folder.iterdir():
@@ -131,7 +129,7 @@ def raise_model(run: RunConfig, folder: Path, minutes: float | None = None, fres
         nursery.verify()
         run = resolve(run, folder, minutes)
         if (folder / "report.json").is_file() and all(is_finished(folder, s) for s in STAGES):
-            return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            return record.read_report(folder)
         begin = time.perf_counter()
         say("2/7 tokenizer", quiet)
         processor = make_processor(run.tokenizer, run.model.vision, folder / "tokenizer", run.seed)

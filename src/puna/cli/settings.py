@@ -78,7 +78,7 @@ def read(recipe: str, minutes: float | None = None) -> tuple[dict, bool, str | N
         values = json.loads(Path(recipe).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PunaError(f"there is no file {recipe}: give a recipe's name, a .py file or a resolved .json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PunaError(f"{recipe} can't be read as JSON ({error})") from None
     init = None
     if isinstance(values, dict) and "run" in values:  # config.json and <stage>.json
@@ -139,10 +139,11 @@ def existing_run(text: str) -> Path:
 def claim(path: Path, asked: dict) -> None:
     """Writes what a stage was asked for to `path`, once. PunaError naming the fields where it differs from what is
     there."""
+    from puna.convert.tensors import read_json
     from puna.processor.files import write_atomic
 
     if path.is_file():
-        must_equal(json.loads(path.read_text(encoding="utf-8")), asked, path, " or --fresh to start over")
+        must_equal(read_json(path), asked, path, " or --fresh to start over")
     else:
         write_atomic(path, json.dumps(asked, indent=1) + "\n")
 

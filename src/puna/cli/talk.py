@@ -34,7 +34,10 @@ def _message(text: str, pictures: list) -> dict:
 def _picture(path: str):
     from puna.processor.image import open_picture
 
-    return open_picture(Path(path).expanduser())
+    try:
+        return open_picture(Path(path).expanduser())
+    except PunaError as error:
+        raise PunaError(str(error) if path in str(error) else f"{path}: {error}") from error
 
 
 def generate(args) -> None:

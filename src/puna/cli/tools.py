@@ -37,6 +37,7 @@ def convert(args) -> None:
 
 def report(args) -> None:
     """A run's results, or how far it is."""
+    from puna.eval.record import read_report
     from puna.stages import STAGES
 
     folder = existing_run(args.folder)
@@ -46,7 +47,7 @@ def report(args) -> None:
     path = folder / "report.json"
     if path.is_file():
         print()
-        show.report(json.loads(path.read_text(encoding="utf-8")))
+        show.report(read_report(folder))
         print(f"\nreport   {folder / 'report.html'}")
     elif stages:
         print("no evaluation yet: `puna raise` makes report.html at its end")

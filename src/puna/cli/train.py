@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -90,11 +89,12 @@ def _start(source: Path):
 
 def _claim(folder: Path, run, name: str, init: str | None) -> None:
     """Holds this stage to the configuration it was begun with, whether alone or by `puna raise`."""
+    from puna.convert.tensors import read_json
     from puna.stages import RunConfig
 
     asked = {"run": to_dict(run), "init": init}
     whole = folder / "config.json"
     if whole.is_file():
-        raised = build(RunConfig, json.loads(whole.read_text(encoding="utf-8"))["run"]).stage(name)
+        raised = build(RunConfig, read_json(whole)["run"]).stage(name)
         must_equal({"run": to_dict(raised), "init": None}, asked, whole)
     claim(folder / f"{name}.json", asked)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -254,9 +255,9 @@ def export_hf(
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is how save_file reports a full disk
         raise PunaError(
-            f"can't write {folder}: {error.strerror or error}; check the disk's space and rights"
+            f"can't write {folder}: {getattr(error, 'strerror', None) or error}; check the disk's space and rights"
         ) from error
     return folder
 

@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from puna.convert.tensors import TensorFolder, allocate, names, read_json
 from puna.errors import PunaError
+from puna.fields import build
 from puna.model import Llama4
 from puna.model.config import ModelConfig
 from puna.processor import Processor
@@ -90,9 +92,9 @@ def save(model: Llama4, processor: Processor | None, folder: str | os.PathLike, 
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is how save_file reports a full disk
         raise PunaError(
-            f"can't write {folder}: {error.strerror or error}; check the disk's space and rights"
+            f"can't write {folder}: {getattr(error, 'strerror', None) or error}; check the disk's space and rights"
         ) from error
     return folder
 
@@ -107,14 +109,13 @@ def read_run(folder: Path) -> dict:
         raise PunaError(
             f"{folder / RUN_FILE} has format {run.get('format')!r}, this puna reads {FORMAT}: use a newer puna"
         )
-    config = run.get("config")
-    if (
-        not isinstance(config, dict)
-        or not isinstance(config.get("model"), dict)
-        or not isinstance(run.get("hashes"), dict)
-    ):
+    kinds = {"config": dict, "hashes": dict, "step": int, "finished": bool}
+    wrong = [name for name, kind in kinds.items() if not isinstance(run.get(name), kind)]
+    if not wrong and not isinstance(run["config"].get("model"), dict):
+        wrong = ["config.model"]
+    if wrong:
         raise CorruptCheckpoint(
-            f"{folder / RUN_FILE} lacks config.model or hashes: restore the file or take another checkpoint"
+            f"{folder / RUN_FILE} lacks {' and '.join(wrong)}: restore the file or take another checkpoint"
         )
     return run
 
@@ -128,8 +129,8 @@ def load_checkpoint(
     """
     run = read_run(folder)
     try:
-        config = ModelConfig.from_dict(run["config"]["model"])
-    except TypeError as error:
+        config = build(ModelConfig, run["config"]["model"])
+    except PunaError as error:
         raise CorruptCheckpoint(f"{folder / RUN_FILE}: config.model is damaged ({error})") from None
     try:
         model = _read_model(folder, config, run["hashes"], dtype, device)

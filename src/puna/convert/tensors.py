@@ -122,7 +122,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PunaError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PunaError(f"{path} can't be read as JSON ({error}): restore the file") from None
     if not isinstance(value, dict):
         raise PunaError(f"{path} holds no JSON object: restore the file")

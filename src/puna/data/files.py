@@ -85,7 +85,10 @@ def _lines(file: Path, text: str) -> Iterator[str | list[dict]]:
         where = f"{file}, line {number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise PunaError(f"{where}: half a surrogate pair (\\ud800 ...) is no text; remove or replace it") from None
+        except (ValueError, RecursionError) as error:
             raise PunaError(f"{where}: not JSON ({error})") from error
         if not isinstance(record, dict) or ("text" in record) == ("messages" in record):
             raise PunaError(f'{where}: needs either "text" or "messages"')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import runpy
+import traceback
 from pathlib import Path
 
 from puna.errors import PunaError
@@ -25,14 +26,28 @@ def get(name: str, minutes: float | None = None) -> RunConfig:
     if name.endswith(".py"):
         if not Path(name).is_file():
             raise PunaError(f"there is no recipe file {name}")
-        made = runpy.run_path(name).get("recipe")
-        config = _call(made, minutes) if callable(made) else None
+        config = _run(name, minutes)
         if not isinstance(config, RunConfig):
             raise PunaError(f"{name} must define a function recipe() that returns a RunConfig")
         return config
     if name not in RECIPES:
         raise PunaError(f"unknown recipe {name!r}; did you mean {nearest(name, RECIPES)!r}?")
     return _call(RECIPES[name], minutes)
+
+
+def _run(file: str, minutes: float | None):
+    """What the function recipe() of a .py file returns; None without one. A mistake in the file is told with its
+    line."""
+    try:
+        made = runpy.run_path(file).get("recipe")
+        return _call(made, minutes) if callable(made) else None
+    except PunaError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = f"{file}, line {line}" if line else file
+        raise PunaError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}; mend it") from error
 
 
 def _call(recipe, minutes: float | None):

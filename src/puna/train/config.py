@@ -49,7 +49,7 @@ class TrainConfig:
         for name in ("lr", "clip", "eps"):
             if not getattr(self, name) > 0:
                 raise PunaError(f"train.{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup", "warmup_head"):
+        for name in ("warmup", "warmup_head", "threads"):
             if getattr(self, name) < 0:
                 raise PunaError(f"train.{name} must not be negative, got {getattr(self, name)}")
         for group, multiplier in self.multipliers.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from puna.errors import PunaError
@@ -41,6 +41,6 @@ def lock(folder: str | os.PathLike) -> Iterator[Path]:
             raise PunaError(f"{folder} is being trained by {who}: let it finish, or choose another --name") from None
         handle.seek(0)
         handle.truncate()
-        handle.write(f"{os.getpid()}\n")
-        handle.flush()
+        with suppress(OSError):  # a full disk: the lock holds all the same
+            os.write(handle.fileno(), f"{os.getpid()}\n".encode())
         yield folder

@@ -161,8 +161,9 @@ def _steps(job: Job, optimizer, balancer, done: int, metrics, display, received:
             display.note(f"{job.name}: step {step} skipped, loss {result.loss} and gradient norm {result.grad_norm}")
         if skips >= config.max_skips:
             raise PunaError(
-                f"{job.name}: {skips} steps in a row were not finite (last: step {step}); nothing of them was kept. "
-                "Lower train.lr or look at the data, then run again"
+                f"{job.name}: {skips} steps in a row could not be used (last: step {step}): their loss or gradient was "
+                "not finite, or no token in them counts; nothing of them was kept. Lower train.lr or look at the data, "
+                "then run again"
             )
         last = step + 1 == config.steps
         _evaluate(job, balancer, step + 1, last, metrics, display)

@@ -7,35 +7,39 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from puna.errors import PunaError
+from puna.processor.files import write_atomic
 
 
 class MetricsFile:
     """Appends to `path`; opened at `step`, it keeps only the lines of earlier steps."""
 
     def __init__(self, path: Path, step: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
         kept = [line for line in read(path) if line["step"] < step or ("eval" in line and line["step"] <= step)]
-        work = path.with_suffix(".tmp")
-        with open(work, "w", encoding="utf-8") as handle:
-            handle.writelines(json.dumps(line) + "\n" for line in kept)
-        os.replace(work, path)
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._handle = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
     def write(self, **values) -> None:
         """One line, visible to readers at once; a number that is not finite is null, for JSON has no other word."""
         known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._handle.write(json.dumps(known) + "\n")
-        self._handle.flush()
+        try:
+            self._handle.write(json.dumps(known) + "\n")
+            self._handle.flush()
+        except OSError as error:
+            raise PunaError(f"can't write {self.path}: {error.strerror}; free some disk space and run again") from error
 
     def close(self) -> None:
-        self._handle.close()
+        with suppress(OSError):  # a line that could not be written is tried, and was reported, once
+            self._handle.close()
 
 
 def read(path: Path) -> list[dict]:
