@@ -40,6 +40,8 @@ def tiny_model(processor):
             vision=vision,
         )  # fmt: skip
     )
+    with torch.no_grad():  # a new model's head is zero: all tokens equally likely
+        model.output.weight.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
     return model.eval()
 
 

@@ -26,6 +26,9 @@ def make_model(seed=0, **fields):
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.mul_(3)
+        model.tok_embeddings.weight.mul_(5)
+        # A new model's head is zero, all tokens equally likely.
+        model.output.weight.normal_(0, 0.14, generator=torch.Generator().manual_seed(0))
     return model
 
 
@@ -77,6 +80,19 @@ def test_cached_equals_full_forward(model, length, pictures):
     if pictures:
         other = logprobs(model, tokens, tiles=-tiles)
         assert (other - full).abs().max() > 1e-2, "the pictures must matter"
+
+
+@torch.inference_mode()
+def test_rows_without_storage_move_and_swap(model):
+    """A row that was given away but not yet fed has no storage of its own."""
+    cache = HybridCache(model.config, 8)
+    feed(model, cache, 0, tokens_of(5))
+    cache.move(7, 1)
+    assert cache.lengths[1] == 0
+    kept = cache.slabs[0].key[0, :, :5].clone()
+    cache.swap(0, 7)
+    assert cache.lengths[0] == 0 and cache.lengths[7] == 5
+    torch.testing.assert_close(cache.slabs[0].key[7, :, :5], kept)
 
 
 @torch.inference_mode()

@@ -31,6 +31,10 @@ def model(tiny_processor):
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.mul_(3)
+        model.tok_embeddings.weight.mul_(5)
+        # A new model's head is zero, all tokens equally likely.
+        model.output.weight.normal_(0, 0.14, generator=torch.Generator().manual_seed(0))
+        model.output.weight[tiny_processor.tokenizer.bos :] = 0  # no control token is ever the likeliest
     return model
 
 

@@ -162,6 +162,9 @@ class HybridCache:
         if source == target:
             return
         length = max(self.lengths[source], self.lengths[target]) if exchange else self.lengths[source]
+        if not length:  # a row that waits for its first slice, maybe beyond the storage there is
+            return
+        self.reserve(max(source, target) + 1, length)
         for slab in self.slabs:
             stop = min(length, slab.limit)  # a local buffer past its first border: all of it, dead slots included
             for store in (slab.key, slab.value):

@@ -236,7 +236,7 @@ def nano_maverick() -> ModelConfig:
 
 
 def nano_behemoth() -> ModelConfig:
-    """The laptop herd's teacher: 16 experts, ~6 x a nano student's active parameters."""
+    """The laptop herd's teacher: 16 experts, ~5 x a nano student's active parameters."""
     return _nano(16, 1, True, d_model=512, n_layers=8)
 
 

@@ -63,13 +63,13 @@ def _twelve() -> tuple[StageConfig, StageConfig, StageConfig]:
         steps=680, rows=2, warmup=300, decay=0.15, floor=0.2, checkpoint_every=200, eval_every=310, **LOOK,
     )  # fmt: skip
     midtrain = _stage(
-        1024, 1, _mix(0.18, long_en=0.29, long_code=0.18, sft_addition=0.12, captions=0.18, sft_needle=0.05),
+        1024, 1, _mix(0.18, long_en=0.29, long_code=0.18, sft_addition=0.16, captions=0.15, sft_needle=0.04),
         OPTIONS | {"captions": {"items": 4000, "languages": _english(0.92)}, "sft/addition": {"items": 3000}},
         steps=100, rows=2, warmup=15, decay=0.2, floor=0.5, checkpoint_every=100, eval_every=100, **GROW,
     )  # fmt: skip
     sft = _stage(
         512, 2,
-        _mix(0.18, sft_naming=0.21, sft_addition=0.21, text_en=0.14, code=0.09, captions=0.10, sft_grounding=0.03,
+        _mix(0.175, sft_naming=0.18, sft_addition=0.25, text_en=0.14, code=0.085, captions=0.10, sft_grounding=0.03,
              sft_facts=0.02, sft_conversations=0.02),
         OPTIONS, steps=480, rows=4, warmup=15, decay=0.5, floor=0.02, checkpoint_every=160, eval_every=240, **GROW,
     )  # fmt: skip

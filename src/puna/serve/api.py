@@ -134,6 +134,8 @@ def _submit(engine, chat: ChatRequest, card: Card, limits: Limits) -> Answer:
         except PunaError:  # no room for the default: take the room there is, which is less
             return Answer(engine, messages, Sampling(max_tokens=None, stop=chat.stops, **given))
     except PunaError as error:
+        if not getattr(engine, "alive", True):
+            raise ApiError(503, str(error), code="engine_stopped") from None
         raise ApiError(
             400, str(error), "messages", "context_length_exceeded" if "context" in str(error) else None
         ) from None
