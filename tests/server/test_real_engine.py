@@ -1,0 +1,252 @@
+"""The whole way: the official client, a real socket, the server, the engine's thread, a small model that sees."""
+
+import contextlib
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+import torch
+from PIL import Image
+from server_fakes import data_url, running, until
+
+from puna.engine import Engine, EngineThread
+from puna.model import Llama4, ModelConfig, VisionConfig
+from puna.serve import create_app
+from puna.serve.limits import Limits
+
+
+def lively_model(processor):
+    """Random but sharp, so that answers depend on the prompt; it never ends an answer by itself."""
+    torch.manual_seed(0)
+    tokenizer = processor.tokenizer
+    vision = VisionConfig(image_size=16, patch_size=4, width=32, layers=1, heads=2, mlp_width=32, adapter_width=32)
+    model = Llama4(
+        ModelConfig(
+            tokenizer.vocab_size, d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, expert_width=32,
+            dense_width=32, n_experts=4, chunk=32, floor_scale=8, max_context=512, patch_token=tokenizer.patch,
+            vision=vision,
+        )
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(3)
+        model.output.weight.normal_(generator=torch.Generator().manual_seed(0))
+        model.output.weight[list(tokenizer.stop_ids)] = 0
+    return model
+
+
+class Served:
+    """A running server: its URL, client and app, its engine, how many answers each step advanced, what was aborted."""
+
+    def __init__(self, thread, app, url):
+        self.thread, self.app, self.url = thread, app, url
+        self.engine, self.together, self.aborted, self.pause = thread.engine, [], [], 0.0
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30)
+        step, abort = self.engine.step, self.engine.abort
+
+        def counted_step():
+            time.sleep(self.pause)
+            self.together.append(len(self.engine.scheduler.active))
+            return step()
+
+        def recorded_abort(id):
+            was_running = abort(id)
+            self.aborted += [id] * was_running
+            return was_running
+
+        self.engine.step, self.engine.abort = counted_step, recorded_abort
+
+    def ask(self, content="Where is the cat?", max_tokens=16, **options):
+        messages = content if isinstance(content, list) else [{"role": "user", "content": content}]
+        return self.client.chat.completions.create(model="tiny", messages=messages, max_tokens=max_tokens, **options)
+
+    def text(self, *args, **options):
+        return self.ask(*args, **options).choices[0].message.content
+
+
+@contextlib.contextmanager
+def serving(processor, max_batch=4, **limits):
+    torch.set_num_threads(1)
+    with EngineThread(Engine(lively_model(processor), processor, max_batch=max_batch)) as thread:
+        app = create_app(thread, "tiny", "0" * 64, context=512, limits=Limits(**limits))
+        with running(app) as url:
+            served = Served(thread, app, url)
+            with served.client:
+                yield served
+
+
+@pytest.fixture(scope="module")
+def server(tiny_processor):
+    with serving(tiny_processor) as served:
+        yield served
+
+
+@pytest.fixture(autouse=True)
+def quiet(server):
+    """Every test leaves the server as it found it: nothing running, no place taken."""
+    yield
+    server.pause = 0.0
+    until(lambda: not server.engine.busy and server.app.state.places.taken == 0)
+
+
+def see(*pictures, text="What is this?"):
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def noise(seed, size=(16, 16)):
+    pixels = torch.randint(0, 255, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.byte().numpy())
+
+
+def test_a_completion_is_the_engines_own_answer(server, tiny_processor):
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is the cat?"}]
+    answer = server.ask(prompt)
+    [alone] = Engine(server.engine.model, tiny_processor).generate([prompt], max_tokens=16)
+    choice = answer.choices[0]
+    assert (choice.message.content, choice.finish_reason) == (alone.text, "length") and alone.text
+    assert answer.usage.prompt_tokens == alone.prompt_tokens and answer.usage.completion_tokens == 16
+    assert choice.message.role == "assistant" and answer.model == "tiny"
+    assert [model.id for model in server.client.models.list()] == ["tiny"]
+
+
+@pytest.mark.parametrize("content", ["Where is the cat?", "Name a word.", "บิ 🙂 यह क्या है?"])
+def test_a_stream_joined_is_the_whole_answer(server, content):
+    whole = server.ask(content, max_tokens=40)
+    chunks = list(server.ask(content, max_tokens=40, stream=True, stream_options={"include_usage": True}))
+    deltas = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(deltas) == whole.choices[0].message.content
+    assert sum(bool(delta) for delta in deltas) > 5, "the answer came in one piece"
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
+    assert reasons[-1] == "length" and not any(reasons[:-1])
+    assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+
+
+def test_a_picture_is_seen_and_counted(server, tiny_processor):
+    one, other, wide = noise(1), noise(2), noise(3, (40, 16))
+    answers = [server.ask(see(data_url(picture))) for picture in (one, other)]
+    assert answers[0].choices[0].message.content != answers[1].choices[0].message.content
+    prompt = [{"role": "user", "content": [{"type": "image", "image": one}, {"type": "text", "text": "What is this?"}]}]
+    [alone] = Engine(server.engine.model, tiny_processor).generate([prompt], max_tokens=16)
+    assert answers[0].choices[0].message.content == alone.text
+    without = server.ask("What is this?").usage.prompt_tokens
+    for pictures in ((one,), (wide,), (one, wide)):
+        seen = server.ask(see(*map(data_url, pictures)), max_tokens=1).usage.prompt_tokens
+        assert seen - without == sum(tiny_processor.image.tokens(*picture.size) for picture in pictures)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("http://example.com/cat.png", "data URLs"),
+        ("https://169.254.169.254/latest", "data URLs"),
+        ("file:///etc/passwd", "data URLs"),
+        ("data:image/png;base64,iVBORw0KGgo=", "not a readable PNG"),
+    ],
+)
+def test_a_picture_that_is_not_in_the_request_is_refused(server, url, says):
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.ask(see(url))
+    assert caught.value.status_code == 400 and says in caught.value.message
+    assert caught.value.param == "messages[0].content[0].image_url.url"
+
+
+def test_what_does_not_fit_is_refused_in_openais_words(server):
+    for content, options in (("word " * 900, {}), ("hello", {"max_tokens": 500})):
+        with pytest.raises(openai.BadRequestError) as caught:
+            server.ask(content, **options)
+        assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.NotFoundError):
+        server.client.chat.completions.create(model="gpt", messages=[{"role": "user", "content": "hi"}])
+
+
+def test_requests_at_the_same_time_share_steps_and_answer_as_alone(server):
+    contents = ["Where is the cat?", "Name a word.", "O rato roeu a roupa."]
+    alone = [server.text(content, 60) for content in contents]
+    assert len(set(alone)) == 3
+    server.pause, found = 0.02, [None] * 3
+    del server.together[:]
+
+    def ask(i):
+        found[i] = server.text(contents[i], 60)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert found == alone
+    assert max(server.together) == 3 and len(server.together) < 180, "they were answered one after the other"
+
+
+def test_a_stop_string_ends_the_answer_before_it(server):
+    whole = server.text("Where is the cat?", 60)
+    stop = whole[20:24]
+    before = whole[: whole.index(stop)]
+    for options in ({"stop": stop}, {"stop": ["never in it", stop]}):
+        choice = server.ask("Where is the cat?", 60, **options).choices[0]
+        assert (choice.message.content, choice.finish_reason) == (before, "stop")
+        chunks = [c.choices[0] for c in server.ask("Where is the cat?", 60, stream=True, **options)]
+        assert "".join(c.delta.content or "" for c in chunks) == before, "a part of the stop string slipped out"
+        assert chunks[-1].finish_reason == "stop"
+    assert server.text("Where is the cat?", 60, stop="never in it") == whole
+
+
+def test_a_seed_makes_chance_repeatable(server):
+    draw = {"temperature": 1.0, "max_tokens": 30}
+    first = server.text(seed=7, **draw)
+    assert server.text(seed=7, **draw) == first
+    assert "".join(c.choices[0].delta.content or "" for c in server.ask(seed=7, stream=True, **draw)) == first
+    assert len({first, server.text(seed=8, **draw), server.text(seed=9, **draw), server.text(max_tokens=30)}) == 4
+    assert server.text(seed=7, temperature=0, max_tokens=30) == server.text(seed=8, temperature=0, max_tokens=30)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_frees_the_only_place(tiny_processor, stream):
+    """One place in the batch, one in the server: the next request is answered although the first had just begun."""
+    with serving(tiny_processor, max_batch=1, open_requests=1) as server:
+        server.pause = 0.02  # the whole first answer would take nine seconds
+        if stream:
+            chunks = server.ask(max_tokens=450, stream=True)
+            assert next(iter(chunks)).choices
+            until(lambda: server.engine.busy)
+            with pytest.raises(openai.InternalServerError) as caught:
+                server.ask()
+            assert caught.value.status_code == 503 and caught.value.code == "overloaded"
+            chunks.close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                server.ask(max_tokens=450, timeout=1.5)
+        until(lambda: server.app.state.places.taken == 0)
+        assert len(server.text(max_tokens=4)) > 0
+        assert len(server.aborted) == 1 and len(server.together) < 200
+
+
+def test_a_request_that_fails_in_the_engine_fails_alone(server, monkeypatch):
+    whole, prefill = server.text("Name a word.", 8), server.engine._prefill
+
+    def broken(group):
+        if any(request.sampling.max_tokens == 13 for request in group):
+            raise RuntimeError("a secret of the machine")
+        return prefill(group)
+
+    monkeypatch.setattr(server.engine, "_prefill", broken)
+    with pytest.raises(openai.InternalServerError) as caught:
+        server.ask(max_tokens=13)
+    assert caught.value.status_code == 500 and "secret" not in caught.value.message
+    with pytest.raises(openai.APIError, match="failed"):
+        list(server.ask(max_tokens=13, stream=True))
+    assert server.text("Name a word.", 8) == whole
+
+
+def test_a_stopped_engine_is_no_longer_healthy(tiny_processor):
+    with serving(tiny_processor) as server:
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        server.thread.close()
+        assert httpx.get(f"{server.url}/health").status_code == 503
+        with pytest.raises(openai.APIStatusError) as caught:
+            server.ask()
+        assert caught.value.status_code == 503 and "stopped" in caught.value.message
