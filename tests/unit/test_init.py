@@ -31,7 +31,7 @@ EXPECTED = {  # standard deviations before the cut
     "layers.7.moe.shared.w2.weight": 160**-0.5 * END,
     "layers.7.moe.router.weight": 128**-0.5 / 2,
     "vision.patch_embedding.weight": 48**-0.5,
-    "vision.positional_embedding": 128**-0.5,
+    "vision.positional_embedding": 0.5,
     "vision.layers.0.attention.wq.weight": 128**-0.5,
     "vision.layers.0.attention.wo.weight": 128**-0.5 * EYE_END,
     "vision.layers.0.mlp.fc1.weight": 128**-0.5,

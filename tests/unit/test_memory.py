@@ -62,9 +62,46 @@ def test_where_there_is_no_glibc_nothing_is_changed(monkeypatch, mallopt):
 def test_blocks_of_all_sizes_come_from_the_heap_and_stay_there(monkeypatch, mallopt):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.39"))
     assert memory.keep_freed_memory() is True
-    assert dict(mallopt.calls) == {-4: 0, -1: 2**31 - 1, -2: 2**26}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    assert dict(mallopt.calls) == {-4: 0, -1: -1, -2: 2**26}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
     mallopt.answers[-4] = 0
     assert memory.keep_freed_memory() is False, "an allocator that refuses is told"
+
+
+GROWN = """
+import resource, sys, torch
+from puna.train import memory
+torch.set_num_threads(1)
+assert memory.keep_freed_memory()
+if sys.argv[1] == "grow":
+    assert memory.grow_heap(64 << 20) is True
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    assert memory.grow_heap(32 << 20) is True  # there already
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 64
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+assert float(torch.empty(8 << 20).fill_(1.0)[-1]) == 1  # 32 MiB, 8192 pages
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not GLIBC, reason="the setting is glibc's")
+def test_a_heap_grown_beforehand_has_its_faults_behind_it():
+    counts = {}
+    for mode in ("grow", "leave"):
+        done = subprocess.run([sys.executable, "-c", GROWN, mode], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        counts[mode] = int(done.stdout)
+    assert counts["grow"] < 256 and counts["grow"] < counts["leave"] / 4, counts
+
+
+def test_training_grows_the_heap_by_what_it_is_told(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "grow_heap", asked.append)
+    train(job(tmp_path / "a", steps=1))
+    train(job(tmp_path / "b", steps=1, heap_mb=3))
+    assert asked == [0, 3 << 20]
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: False)
+    train(job(tmp_path / "c", steps=1, heap_mb=3))
+    assert len(asked) == 2, "memory that is not kept need not be grown"
 
 
 def test_training_asks_for_it_once_and_trains_the_same_without(tmp_path, monkeypatch):

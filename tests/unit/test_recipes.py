@@ -46,8 +46,8 @@ def test_every_option_is_one_that_its_source_takes(name, minutes):
         for source, options in part.data.options.items():
             _check(source, options)
             own = {key: value for key, value in options.items() if key not in ("items", "level")}
-            if source == "captions":
-                tasks.Captions(**own)
+            if source in tasks.DOCUMENTS:
+                tasks.DOCUMENTS[source](**own)
             elif source == "sft/needle":
                 tasks.task("needle", **{"length": part.data.seq_len - 30, "count": lambda text: len(text) // 3} | own)
             elif source.startswith("sft/"):

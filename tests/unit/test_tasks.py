@@ -15,7 +15,9 @@ from puna.tasks import (
     Item,
     PictureRef,
     Scene,
+    Scenes,
     backgrounds,
+    grounding,
     naming,
     needle,
     pictures,
@@ -226,6 +228,24 @@ def test_training_scenes_are_asked_about_several_objects():
         assert len(item.pictures) == 1 and len(set(asked)) == len(asked)
 
 
+def test_scenes_are_read_out_whole():
+    source, orders = Scenes(), []
+    for index in range(30):
+        scene, text = source.document(index, seed=1)
+        lines = text.split("\n")
+        assert sorted(lines) == sorted(grounding.written(spot, scene.side) for spot in scene.objects)
+        assert scene.split == "train"
+        orders.append([grounding.written(spot, scene.side) for spot in scene.objects] == lines)
+    assert not all(orders), "the order of painting would give boxes away"
+    assert source.document(3, seed=1) == source.document(3, seed=1) != source.document(3, seed=2)
+
+
+def test_grounding_asks_at_least_half_of_its_turns():
+    source = task("grounding", turns=6)
+    counts = {len(source.item(i).messages) // 2 for i in range(60)}
+    assert counts == {3, 4, 5, 6}
+
+
 def test_best_constant_box_is_the_best():
     boxes = [[100, 100, 300, 300]] * 3 + [[120, 110, 300, 310]] + [[700, 700, 900, 900]]
     box, share = best_constant_box(boxes)
@@ -375,8 +395,8 @@ def test_needle_asks_several_codes_of_one_text_in_training():
         text = item.messages[0]["content"]
         for question, answer in zip(item.messages[::2], item.messages[1::2], strict=True):
             key = question["content"].rsplit("What is the code of the ")[-1].removesuffix("?")
-            assert f"The code of the {key} is {answer['content']}." in text
-        assert sum(count(m["content"]) for m in item.messages[::2]) <= 400
+            assert answer["content"].startswith(f"The code of the {key} is ") and answer["content"] in text
+        assert sum(count(m["content"]) for m in item.messages[:-1]) <= 400
     assert all(len(item.messages) == 2 for item in source.items("test"))
 
 

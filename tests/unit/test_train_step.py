@@ -11,7 +11,7 @@ from puna.model import Llama4
 from puna.model.moe import moe_layers
 from puna.optim import build_adamw
 from puna.train.step import router_metrics, train_step
-from puna.train.terms import NextToken
+from puna.train.terms import NextToken, cross_entropy
 
 NO_CLIP = 1e9
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13}  # ||a - b|| / ||b|| of the whole gradient
@@ -42,6 +42,21 @@ def uneven():
     batch.valid_BT[2] &= torch.arange(24) % 5 == 0
     batch.valid_BT[3] = False
     return batch
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_cross_entropy_is_torchs_and_is_differentiated_once(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(7, 11, generator=generator)).to(dtype)
+    targets = torch.randint(0, 11, (7,), generator=generator)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss, expected = cross_entropy(ours, targets), F.cross_entropy(theirs, targets, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    (loss / 3).backward(retain_graph=True)
+    (expected / 3).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    with pytest.raises(RuntimeError, match="taken before"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

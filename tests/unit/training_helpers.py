@@ -85,8 +85,9 @@ class State:
         set_lr(self.optimizer, 1.0)
 
     def step(self, pictures=True):
-        train_step(self.model, self.optimizer, [random_batch(self.done, pictures=pictures)], NextToken(), 1.0, 1000)
-        self.balancer.adjust()
+        batch = random_batch(self.done, pictures=pictures)
+        result = train_step(self.model, self.optimizer, [batch], NextToken(), 1.0, 1000)
+        self.balancer.adjust(result.counts)
         torch.rand(1)  # a step may draw
         self.done += 1
 

@@ -143,12 +143,11 @@ def _show_mixture(recipe: str) -> None:
 def _show_source(name: str, split: str, samples: int) -> None:
     from puna import tasks
     from puna.data.sources import names, texts
-    from puna.tasks.captions import Captions
 
     if name not in names() and not name.startswith("file:"):
         raise PunaError(f"unknown data source {name!r}; did you mean {nearest(name, names())!r}? See `puna data ls`")
-    if name == "captions":
-        for segments in islice(Captions().documents(), samples):
+    if name in tasks.DOCUMENTS:
+        for segments in islice(tasks.DOCUMENTS[name]().documents(), samples):
             _sample("".join(s if isinstance(s, str) else _drawn(s) for s in segments))
     elif name.startswith("sft/"):
         if name == "sft/needle":

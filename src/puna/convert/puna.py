@@ -34,6 +34,7 @@ from puna.fields import build
 from puna.model import Llama4
 from puna.model.config import ModelConfig
 from puna.processor import Processor
+from puna.processor.files import sync_folder
 
 FORMAT = 1
 MODEL_FILE = "model.safetensors"
@@ -89,6 +90,7 @@ def save(model: Llama4, processor: Processor | None, folder: str | os.PathLike, 
                 os.fsync(handle.fileno())
             work.chmod(0o755)  # mkdtemp makes private folders
             work.replace(folder)
+            sync_folder(folder.parent)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise

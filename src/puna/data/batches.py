@@ -28,6 +28,7 @@ import torch
 from puna.data.mixture import Mixture
 from puna.data.order import derive
 from puna.data.packing import PackedRows
+from puna.processor import join
 from puna.tasks.pictures import EmojiPicture
 
 
@@ -164,7 +165,7 @@ class Batches:
             targets_BT=torch.from_numpy(targets_BT.astype(np.int64)),
             valid_BT=torch.from_numpy(valid_BT),
             doc_ids_BT=torch.from_numpy(stacked[1].astype(np.int64)),
-            tiles=torch.cat(some) if some else None,
+            tiles=join(some) if some else None,
             tiles_B=tuple(0 if t is None else len(t) for t in tiles),
             row_sources=tuple(name for name, _ in places),
             row_index=tuple(rows),

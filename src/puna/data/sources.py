@@ -5,6 +5,7 @@
     long/<source>    the documents of text/<lang> ('long/en') or code ('long/code') longer than one attention chunk;
                      shorter ones only fill what they leave free in their last chunks
     captions         pictures with names, interleaved (puna.tasks)        loss on text, not on pictures
+    scenes           composed scenes, then the boxes of all their things  loss on text, not on pictures
     sft/<task>       conversations of a task in puna.tasks                loss on what the assistant says
     file:<path>      the user's own text or conversations (files.py)      as theirs
 
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from puna.data.order import derive, permutation
 from puna.data.packing import PackedRows, pack
 from puna.errors import PunaError
 from puna.processor import Encoded, Processor
+from puna.tasks import needle
 
 GROUP = 256  # documents encoded at once
 ITEMS = 4096  # documents of an endless source, where its options don't say
@@ -69,7 +72,7 @@ def names() -> list[str]:
         *(f"text/{lang}" for lang in text),
         "code",
         *(f"long/{lang}" for lang in [*text, "code"]),
-        "captions",
+        *tasks.DOCUMENTS,
         *(f"sft/{name}" for name in sorted(tasks.TASKS)),
     ]
 
@@ -207,9 +210,9 @@ def _build(
 def _encoded(name: str, config: DataConfig, processor: Processor, split: str) -> tuple[Iterable[Encoded], int]:
     """A source's documents, encoded a group at a time, and how many there are."""
     options = dict(config.options.get(name, {}))
-    if name == "captions":
+    if name in tasks.DOCUMENTS:
         count = options.pop("items", ITEMS)
-        documents = tasks.Captions(**options).documents(seed=derive("captions", config.seed, split))
+        documents = tasks.DOCUMENTS[name](**options).documents(seed=derive(name, config.seed, split))
         return _in_groups(islice(documents, count), processor.encode_documents), count
     if name.startswith("sft/"):
         count, level = options.pop("items", ITEMS), options.pop("level", 0)
@@ -227,8 +230,9 @@ def make_task(name: str, processor: Processor, seq_len: int, options: Mapping[st
     `seq_len`."""
     options = dict(options)
     if name == "needle":
+        answer = needle.SENTENCE.format(key="golden mirror", value=12345)
         room = len(
-            processor.encode_chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": "12345"}]).tokens
+            processor.encode_chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]).tokens
         )
         # The question is counted alone; between header and text a merge or two may fall otherwise.
         options.setdefault("length", seq_len - room - 4)
@@ -293,16 +297,12 @@ def _check(name: str, options: Mapping[str, Any]) -> None:
             raise PunaError(
                 f"data source {name!r}: {key} must be a whole number >= {int(key != 'level')}, not {value!r}"
             )
-    if not name.startswith("sft/") and name != "captions":
-        for key in options:
-            if key != "max_chars":
-                raise PunaError(f"data source {name!r} has no option {key!r}; it takes max_chars")
-    elif name == "captions":
-        for key in options:
-            if key not in ("items", "languages", "naming_weight"):
-                raise PunaError(
-                    f"data source 'captions' has no option {key!r}; it takes items, languages, naming_weight"
-                )
+    if name.startswith("sft/"):
+        return
+    valid = ("items", *signature(tasks.DOCUMENTS[name]).parameters) if name in tasks.DOCUMENTS else ("max_chars",)
+    for key in options:
+        if key not in valid:
+            raise PunaError(f"data source {name!r} has no option {key!r}; it takes {', '.join(valid)}")
 
 
 def _nearest(name: str, valid: Iterable[str]) -> str:

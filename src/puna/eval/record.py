@@ -134,7 +134,7 @@ def capability(source: str) -> str:
         return "own files"
     if kind == "long":
         return "long documents"
-    return {"text": "languages", "captions": "pictures", "sft": rest}.get(kind, kind)
+    return {"text": "languages", "captions": "pictures", "scenes": "grounding", "sft": rest}.get(kind, kind)
 
 
 def stages(folder: Path, config: Mapping[str, Any]) -> dict[str, dict]:

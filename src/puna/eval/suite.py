@@ -32,7 +32,7 @@ __all__ = ["EvalConfig", "answer", "for_minutes", "run", "smaller"]
 
 TrainingText = Mapping[str, Sequence[str]] | Callable[[str], Sequence[str]]
 Progress = Callable[[Row], None]
-TOKENS = {"naming": 48, "grounding": 80, "addition": 48, "needle": 16}  # most tokens of an answer
+TOKENS = {"naming": 48, "grounding": 80, "addition": 48, "needle": 32}  # most tokens of an answer
 
 
 def run(

@@ -10,7 +10,8 @@ expert of a batched one) draws from a generator keyed by its own name.
     router                 N(0, 1/fan_in) / 2: sigmoid scores near 1/2, experts chosen evenly
     head                   0: the first loss is ln(vocabulary), and no gradient reaches the body before the head has
                            learnt something to ask it for (arXiv 2203.03466, Appendix D.2)
-    norms 1, biases 0; vision positions and class token N(0, 1/width)
+    norms 1, biases 0; class token N(0, 1/width); vision positions N(0, 0.5^2), not much below the patches' own 1: where
+    a thing is has to be read from a feature as well as what it is
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def std_of(name: str, shape: tuple[int, ...], config: ModelConfig) -> float | No
         return None
     if name == "tok_embeddings.weight":
         return 0.2
+    if name == "vision.positional_embedding":
+        return 0.5
     if name.startswith("vision.") and name.endswith("_embedding"):
         return config.vision.width**-0.5
     fan_in = shape[1]  # Linear [out, in] and input-major experts [E, in, out] alike

@@ -25,10 +25,20 @@ def write_atomic(path: str | os.PathLike, text: str) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes private files
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         raise PunaError(f"cannot write {path}: {error.strerror or error}; check the disk's space and rights") from error
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Flushes a folder's entries to the disk: only then does a renaming outlive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_text(path: str | os.PathLike, what: str) -> str:

@@ -26,6 +26,9 @@ LOOK = dict(lr=4e-4, lr_embedding=1.0, lr_head=5.0, lr_vision=2.5, lr_adapter=0.
 GROW = dict(lr=1.5e-3, lr_embedding=1.0, lr_head=1.3, lr_vision=0.67, lr_adapter=0.2, lr_router=0.7)
 
 
+HEAP_MB = 1536  # of a step of 2,048 tokens
+
+
 def _english(share: float) -> dict[str, float]:
     """Weights of the languages: `share` of English, the rest evenly."""
     return {"en": share} | {lang: (1 - share) / len(OTHERS) for lang in OTHERS}
@@ -39,7 +42,7 @@ def _mix(others: float, **shares: float) -> dict[str, float]:
 
 def _stage(seq_len: int, seed: int, weights: dict[str, float], options: dict, **train) -> StageConfig:
     chosen = {name: values for name, values in options.items() if name in weights}
-    return StageConfig(DataConfig(seq_len, weights, seed, chosen), TrainConfig(**train))
+    return StageConfig(DataConfig(seq_len, weights, seed, chosen), TrainConfig(heap_mb=HEAP_MB, **train))
 
 
 OPTIONS = {
@@ -69,9 +72,9 @@ def _twelve() -> tuple[StageConfig, StageConfig, StageConfig]:
     )  # fmt: skip
     sft = _stage(
         512, 2,
-        _mix(0.175, sft_naming=0.18, sft_addition=0.25, text_en=0.14, code=0.085, captions=0.10, sft_grounding=0.03,
+        _mix(0.165, sft_naming=0.165, sft_addition=0.285, text_en=0.135, code=0.08, captions=0.10, sft_grounding=0.03,
              sft_facts=0.02, sft_conversations=0.02),
-        OPTIONS, steps=480, rows=4, warmup=15, decay=0.5, floor=0.02, checkpoint_every=160, eval_every=240, **GROW,
+        OPTIONS, steps=540, rows=4, warmup=15, decay=0.5, floor=0.02, checkpoint_every=180, eval_every=270, **GROW,
     )  # fmt: skip
     return pretrain, midtrain, sft
 

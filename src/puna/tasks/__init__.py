@@ -1,6 +1,7 @@
 """Tasks: items(split, seed, level), a prompt with pictures, a grade. Data, evaluation and RL all use these.
 
-`TASKS` maps a name to its class, `task(name, **config)` makes one. `Captions` makes pre-training documents, not items.
+`TASKS` maps a name to its class, `task(name, **config)` makes one. `Captions` and `Scenes`
+make pre-training documents with pictures, not items (`DOCUMENTS`).
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from puna.tasks.base import Item, Task
 from puna.tasks.captions import Captions
 from puna.tasks.conversations import Conversations
 from puna.tasks.facts import Facts
-from puna.tasks.grounding import Grounding
+from puna.tasks.grounding import Grounding, Scenes
 from puna.tasks.naming import Naming
 from puna.tasks.needle import Needle
 from puna.tasks.pictures import EmojiPicture, PictureRef, Scene
 
 TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (Addition, Conversations, Facts, Grounding, Naming, Needle)}
+DOCUMENTS: dict[str, type] = {kind.name: kind for kind in (Captions, Scenes)}
 
-__all__ = ["TASKS", "Captions", "EmojiPicture", "Item", "PictureRef", "Scene", "Task", "task"]
+__all__ = ["DOCUMENTS", "TASKS", "Captions", "EmojiPicture", "Item", "PictureRef", "Scene", "Scenes", "Task", "task"]
 
 
 def task(name: str, **config) -> Task:

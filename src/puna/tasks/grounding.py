@@ -5,18 +5,23 @@ names. Boxes are exact by construction and written by the one box format, `<box 
 integers 0-999 of the picture. A training picture may be asked about several things in one conversation, since
 pictures cost more tokens than questions; a test scene (unseen, on kinds of background never trained on) is asked
 about once. Graded by IoU >= 0.5 of the first box; chance is what the best constant box reaches on the same items.
+
+`Scenes` are the same scenes as pre-training documents: the picture, then the boxes of all that is in it, one a line in
+random order. Without questions a box costs half the tokens, and the label has to be recognised too. They hold 1 to 6
+things: where one thing is can be learnt before which of several is meant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import count as count_from
 
 import numpy as np
 
 from puna.errors import PunaError
 from puna.processor.grounding import format_box, iou, parse_boxes
 from puna.tasks.base import Item, Task, assistant, check, user
-from puna.tasks.pictures import Placed, Scene, by_id
+from puna.tasks.pictures import PictureRef, Placed, Scene, by_id
 from puna.tasks.seeding import rng
 
 QUESTIONS = (
@@ -42,7 +47,8 @@ def ask(name: str, rand) -> str:
 class Grounding(Task):
     """Boxes of named things in composed scenes.
 
-    turns: the most questions a training scene is asked, at least 1. tests: how many test scenes.
+    turns: the most questions a training scene is asked, at least 1; the fewest are half of it. tests: how many test
+    scenes.
     """
 
     name = "grounding"
@@ -61,7 +67,8 @@ class Grounding(Task):
         rand = rng(self.name, split, seed, index)
         scene = Scene(rand.getrandbits(40), split)
         objects = scene.objects
-        wanted = rand.sample(objects, min(len(objects), rand.randint(1, self.turns) if split == "train" else 1))
+        turns = rand.randint(max(1, self.turns // 2), self.turns) if split == "train" else 1
+        wanted = rand.sample(objects, min(len(objects), turns))
         messages = []
         for turn, spot in enumerate(wanted):
             name = by_id()[spot.concept].names["en"]
@@ -85,6 +92,24 @@ class Grounding(Task):
     def chance(self, items: Iterable[Item]) -> float:
         """Share of the items that the best constant box answers."""
         return best_constant_box([item.meta["box"] for item in items])[1]
+
+
+class Scenes:
+    """Scenes and the boxes of all that is in them, endless: `document(i)` is a pure function of (seed, i)."""
+
+    name = "scenes"
+
+    def document(self, index: int, seed: int = 0) -> list[str | PictureRef]:
+        """Document `index`: a training scene, then one box a line, in random order."""
+        rand = rng(self.name, seed, index)
+        scene = Scene(rand.getrandbits(40), "train", fewest=1)
+        objects = rand.sample(scene.objects, len(scene.objects))
+        return [scene, "\n".join(written(spot, scene.side) for spot in objects)]
+
+    def documents(self, seed: int = 0, start: int = 0) -> Iterator[list[str | PictureRef]]:
+        """Documents from `start` on, without end."""
+        for index in count_from(start):
+            yield self.document(index, seed)
 
 
 def written(spot: Placed, side: int) -> str:

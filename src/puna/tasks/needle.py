@@ -2,10 +2,11 @@
 
 The haystack is real prose of the nursery (its training texts for training, its held-out texts for the test) into
 which five or more sentences like "The code of the red lamp is 48213." are put, each with another thing and another
-value; the question asks for one of them, so finding *a* number is not enough. The depth of the asked one is uniform
-over the text (stratified in the test), which shows a model that only reads the beginning or the end. `length` counts
-the whole question in tokens by the caller's `count`; level k doubles it k times, so the test at level 1 is twice the
-training length. Source of the test: Kamradt 2023, with the keyed values of RULER (arXiv 2404.06654).
+value; the question asks for one of them, so finding *a* number is not enough. The answer is the whole sentence: what
+stands before its digits is then the same in both places, and the code is what once followed it. The depth of the asked
+one is uniform over the text (stratified in the test), which shows a model that only reads the beginning or the end.
+`length` counts the whole question in tokens by the caller's `count`; level k doubles it k times, so the test at level 1
+is twice the training length. Source of the test: Kamradt 2023, with the keyed values of RULER (arXiv 2404.06654).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ KEYS = tuple(f"{colour} {thing}" for colour in _COLOURS.split() for thing in _TH
 SENTENCE = "The code of the {key} is {value}."
 QUESTION = "What is the code of the {key}?"
 LEVELS = 8
-TURN = 20  # tokens that another question costs besides its text: headers, an answer's digits, ends of turn
+TURN = 14  # tokens that another question costs besides its text and its answer's: headers and ends of turn
 _BREAK = re.compile(r"(?<=[.!?;:])\s+|\n+")
 _TOO_LONG = 400  # characters; a longer stretch without a break is cut at spaces
 
@@ -108,7 +109,8 @@ class Needle(Task):
         values: list[int] = []
         questions = [QUESTION.format(key=key) for key in keys[: rand.randint(1, self.turns) if split == "train" else 1]]
         used = sum(self._cost(SENTENCE.format(key=key, value=54321)) for key in keys)
-        used += self._cost(questions[0]) + sum(self._cost(question) + TURN for question in questions[1:])
+        used += sum(self._cost(question) + self._sentence + TURN for question in questions[1:])
+        used += self._cost(questions[0])
         hay = self._hay(rand, lang, split, length - used)
         while len(values) < len(keys):
             value = rand.randint(10000, 99999)
@@ -118,7 +120,7 @@ class Needle(Task):
         while True:
             text = _insert(hay, needles, depths)
             whole = f"{text}\n\n{questions[0]}"
-            later = sum(self.count(question) + TURN for question in questions[1:])
+            later = sum(self.count(question) + self._sentence + TURN for question in questions[1:])
             if self.count(whole) + later <= length or not hay:
                 break
             hay.pop()  # pieces' counts add up only roughly; give way at the end
@@ -131,8 +133,8 @@ class Needle(Task):
             "length": length,
         }
         messages = []
-        for text, value in zip([whole, *questions[1:]], values, strict=False):
-            messages += [user(text), assistant(str(value))]
+        for text, needle in zip([whole, *questions[1:]], needles, strict=False):
+            messages += [user(text), assistant(needle)]
         return Item(messages, str(values[len(questions) - 1]), meta)
 
     def grade(self, item: Item, text: str) -> float:

@@ -27,6 +27,7 @@ from torch import Tensor
 from puna.convert.puna import FORMAT, MODEL_FILE, RUN_FILE, STEP, CorruptCheckpoint, read_run, tensor_hash, write_model
 from puna.errors import PunaError
 from puna.model import Llama4
+from puna.processor.files import sync_folder
 from puna.train.step import Balancer
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -83,6 +84,7 @@ def save(stage: Path, step: int, finished: bool, record: dict, model: Llama4, pr
         if target.exists():  # the same step again, after a resume: replace it
             shutil.rmtree(target)
         work.replace(target)
+        sync_folder(target.parent)
     except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error type
         raise PunaError(f"can't write checkpoint {target}: {error}; free some disk space and run again") from error
     except Exception as error:

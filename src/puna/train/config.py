@@ -35,6 +35,7 @@ class TrainConfig:
     max_skips: int = 5  # consecutive non-finite steps before the run stops
     compute_dtype: str = "auto"  # auto | bfloat16 | float32
     threads: int = 0  # 0: all cores
+    heap_mb: int = 0  # MiB of heap mapped before the first step (train/memory.py); about what a step needs
     slice: int = 1024  # positions per slice of the loss
     checkpoint_every: int = 200
     keep: int = 2  # checkpoints kept of an unfinished stage
@@ -49,7 +50,7 @@ class TrainConfig:
         for name in ("lr", "clip", "eps"):
             if not getattr(self, name) > 0:
                 raise PunaError(f"train.{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup", "warmup_head", "threads"):
+        for name in ("warmup", "warmup_head", "threads", "heap_mb"):
             if getattr(self, name) < 0:
                 raise PunaError(f"train.{name} must not be negative, got {getattr(self, name)}")
         for group, multiplier in self.multipliers.items():

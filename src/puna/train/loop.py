@@ -104,7 +104,7 @@ def train(job: Job) -> Llama4:
     Stopped after a signal. In each case the last good checkpoint is intact.
     """
     config, model = job.train, job.model
-    memory.keep_freed_memory()
+    kept = memory.keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     optimizer = build_adamw(
@@ -117,6 +117,8 @@ def train(job: Job) -> Llama4:
     model.compute_dtype = compute_dtype(config.compute_dtype, model.tok_embeddings.weight.device)
     if run and run["finished"]:
         return _finish(model, balancer)
+    if kept:
+        memory.grow_heap(config.heap_mb << 20)
     metrics = MetricsFile(job.folder / "metrics.jsonl", done)
     display = Display(job.name, config.steps, done, job.quiet)
     try:
@@ -147,7 +149,7 @@ def _steps(job: Job, optimizer, balancer, done: int, metrics, display, received:
         waited = time.perf_counter() - begin
         result = train_step(model, optimizer, batch.split(config.accumulate), job.term, config.clip, config.slice)
         if not result.skipped:
-            balancer.adjust()
+            balancer.adjust(result.counts)
         seconds = time.perf_counter() - begin
         metrics.write(
             step=step, loss=result.loss, lr=config.lr * multiplier, grad_norm=result.grad_norm, tokens=result.tokens,

@@ -32,6 +32,7 @@ class StepResult:
     valid: int  # tokens the loss counted
     skipped: bool
     metrics: dict[str, float] = field(default_factory=dict)
+    counts: list[Tensor] = field(default_factory=list)  # tokens of each expert [E], one entry a MoE layer
 
 
 def accumulate_gradients(model: Llama4, batch: Batch, term: Term, denominator: int, slice_size: int):
@@ -84,7 +85,7 @@ def train_step(model: Llama4, optimizer, batches: list[Batch], term: Term, clip:
     optimizer.zero_grad(set_to_none=True)
     measured = {name: float(value) / max(valid, 1) for name, value in sums.items()}
     measured |= router_metrics(counts, flips)
-    return StepResult(loss, grad_norm, tokens, valid, skipped, measured)
+    return StepResult(loss, grad_norm, tokens, valid, skipped, measured, counts)
 
 
 def router_metrics(counts: list[Tensor], flips: Tensor) -> dict[str, float]:
@@ -117,12 +118,12 @@ class Balancer:
         for layer, bias in zip(self.layers, self.bias, strict=True):
             layer.selection_bias_E = bias * scale if self.update > 0 else None
 
-    def adjust(self) -> None:
-        """Moves the bias by the loads of the last forward."""
+    def adjust(self, counts: list[Tensor]) -> None:
+        """Moves the bias by a step's loads: tokens of each expert [E] over all micro-batches, one entry a layer."""
         if self.update <= 0:
             return
-        for layer, bias in zip(self.layers, self.bias, strict=True):
-            load = layer.counts_E.float()
+        for count_E, bias in zip(counts, self.bias, strict=True):
+            load = count_E.to(bias)
             bias += self.update * torch.sign(load.mean() - load)
             bias -= bias.mean()
 
