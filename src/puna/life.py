@@ -31,6 +31,7 @@ from puna.optim import build_adamw
 from puna.processor.files import write_atomic
 from puna.stages import RUN, STAGES, RunConfig, make_processor
 from puna.stages.common import fit_model, is_finished
+from puna.train import memory
 from puna.train.lock import lock
 from puna.train.loop import compute_dtype
 from puna.train.step import train_step
@@ -48,6 +49,7 @@ def say(text: str, quiet: bool) -> None:
 def probe(run: RunConfig, steps: int = 3) -> float:
     """Training tokens per second of this machine on the recipe's own model and batch (random tokens)."""
     part = run.pretrain
+    memory.keep_kernels()
     model = Llama4(run.model, seed=run.seed)
     model.compute_dtype = compute_dtype(part.train.compute_dtype, model.tok_embeddings.weight.device)
     optimizer = build_adamw(model, 1e-4, 0.1, (0.9, 0.95), 1e-8)

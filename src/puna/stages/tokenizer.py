@@ -16,12 +16,14 @@ from puna.data.sources import texts
 from puna.model import VisionConfig
 from puna.processor import ImageProcessor, Processor, Tokenizer
 from puna.stages.config import TokenizerConfig
+from puna.tasks.needle import COLOURS, THINGS
 
-MAX_TILES = 9  # of a nano's pictures; Llama 4's own limit is 16
+MAX_TILES = 4  # of a nano's pictures; Llama 4's own limit is 16
 TURNS = (  # what conversations repeat
     "user", "assistant", "ipython", "system", '<box label="dog">', "</box>", "What is this?", "Where is the dog?",
     "Find the dog.", "Point to the dog.", "Locate the dog.", "Show me the dog.",
     "What is the code of the red lamp? The code of the red lamp is 1.",
+    *(f"the {word}" for word in (*COLOURS, *THINGS)),
 )  # fmt: skip
 TURN_READINGS = 300
 NAMES = {"asked": 100, "en": 60, "others": 10}  # readings of an English name that the naming test asks, or not; others

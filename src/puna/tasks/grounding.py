@@ -8,7 +8,8 @@ about once. Graded by IoU >= 0.5 of the first box; chance is what the best const
 
 `Scenes` are the same scenes as pre-training documents: the picture, then the boxes of all that is in it, one a line in
 random order. Without questions a box costs half the tokens, and the label has to be recognised too. They hold 1 to 6
-things: where one thing is can be learnt before which of several is meant.
+things, half of them one: where a thing is can be learnt before which of several is meant; and many are of one tile, as
+a larger scene's last, global tile is.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from puna.errors import PunaError
 from puna.processor.grounding import format_box, iou, parse_boxes
 from puna.tasks.base import Item, Task, assistant, check, user
-from puna.tasks.pictures import PictureRef, Placed, Scene, by_id
+from puna.tasks.pictures import SCENE_SIDE, SIDE, PictureRef, Placed, Scene, by_id
 from puna.tasks.seeding import rng
 
 QUESTIONS = (
@@ -95,14 +96,25 @@ class Grounding(Task):
 
 
 class Scenes:
-    """Scenes and the boxes of all that is in them, endless: `document(i)` is a pure function of (seed, i)."""
+    """Scenes and the boxes of all that is in them, endless: `document(i)` is a pure function of (seed, i).
+
+    most: things in a scene, 1 to 6; half of the scenes hold one, the others up to `most`. small: share of the scenes
+    that fit one tile.
+    """
 
     name = "scenes"
+
+    def __init__(self, most: int = 6, small: float = 0.6):
+        if not 1 <= most <= 6 or not 0 <= small <= 1:
+            raise PunaError(f"scenes: most must be 1 to 6 and small in 0..1, got {most} and {small}")
+        self.most, self.small = most, small
 
     def document(self, index: int, seed: int = 0) -> list[str | PictureRef]:
         """Document `index`: a training scene, then one box a line, in random order."""
         rand = rng(self.name, seed, index)
-        scene = Scene(rand.getrandbits(40), "train", fewest=1)
+        side = SIDE if rand.random() < self.small else SCENE_SIDE
+        most = self.most if rand.random() < 0.5 else 1
+        scene = Scene(rand.getrandbits(40), "train", side, 1, most)
         objects = rand.sample(scene.objects, len(scene.objects))
         return [scene, "\n".join(written(spot, scene.side) for spot in objects)]
 

@@ -26,7 +26,8 @@ _THINGS = (
     "lamp chair door box bottle coat hat clock key bag cup plate boat car bell book drum flag gate glove horse kite "
     "ladder mirror needle piano ring rope shoe spoon table tent tower train wheel window"
 )
-KEYS = tuple(f"{colour} {thing}" for colour in _COLOURS.split() for thing in _THINGS.split())
+COLOURS, THINGS = tuple(_COLOURS.split()), tuple(_THINGS.split())
+KEYS = tuple(f"{colour} {thing}" for colour in COLOURS for thing in THINGS)
 SENTENCE = "The code of the {key} is {value}."
 QUESTION = "What is the code of the {key}?"
 LEVELS = 8

@@ -33,8 +33,7 @@ from puna.tasks.seeding import rng
 
 VISIBLE = 32  # alpha (of 255) from which a pixel counts as part of an object: soft shadows' last rims do not
 SIDE = 64
-SCENE_SIDE = 192
-MOST_OBJECTS = 6
+SCENE_SIDE = 128
 
 # White comes often, since that is how the plain pictures of tests look.
 BACKGROUND_WEIGHTS = {
@@ -219,7 +218,7 @@ def scene_concepts() -> tuple[str, ...]:
 class Scene(PictureRef):
     """3 to 6 objects, each 10-40 % of the side long, on a square canvas, overlapping by less than 5 % of the smaller.
 
-    fewest: 3, or less for a lesson in which a thing is found before two are told apart.
+    fewest, most: other numbers make lessons in which a thing is found before several are told apart.
     split decides the backgrounds (`backgrounds.TRAIN` or `backgrounds.TEST`) and, with seed, everything else.
     """
 
@@ -227,13 +226,14 @@ class Scene(PictureRef):
     split: str = "train"
     side: int = SCENE_SIDE
     fewest: int = 3
+    most: int = 6
     kind: ClassVar[str] = "scene"
 
     def __post_init__(self):
         if self.split not in ("train", "test"):
             raise PunaError(f"unknown scene split {self.split!r}; choose 'train' or 'test'")
-        if not 1 <= self.fewest <= MOST_OBJECTS:
-            raise PunaError(f"a scene has 1 to {MOST_OBJECTS} objects, not at least {self.fewest}")
+        if not 1 <= self.fewest <= self.most <= 6:
+            raise PunaError(f"a scene has 1 to 6 objects, not {self.fewest} to {self.most}")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -266,7 +266,7 @@ def layout(scene: Scene) -> tuple[tuple[Placed, Image.Image], ...]:
     """The objects of a scene, each with its scaled RGBA pixels; few are kept, pixels are heavy."""
     rand = rng("scene", scene.split, scene.seed)
     placed: list[tuple[Placed, Image.Image]] = []
-    for concept in rand.sample(scene_concepts(), rand.randint(scene.fewest, MOST_OBJECTS)):
+    for concept in rand.sample(scene_concepts(), rand.randint(scene.fewest, scene.most)):
         style = rand.choice(styles(concept))
         cut_out = _cut_out(concept, style)
         longest = rand.uniform(0.1, 0.4) * scene.side
