@@ -30,6 +30,7 @@ COLOURS, THINGS = tuple(_COLOURS.split()), tuple(_THINGS.split())
 KEYS = tuple(f"{colour} {thing}" for colour in COLOURS for thing in THINGS)
 SENTENCE = "The code of the {key} is {value}."
 QUESTION = "What is the code of the {key}?"
+QUESTION_ALL = "What are the codes?"
 LEVELS = 8
 TURN = 14  # tokens that another question costs besides its text and its answer's: headers and ends of turn
 _BREAK = re.compile(r"(?<=[.!?;:])\s+|\n+")
@@ -60,7 +61,8 @@ class Needle(Task):
     count: text -> number of tokens. keys: (fewest, most) different codes in a text, at least 5; fewer where a short
     text has no room for the most. languages: of the haystack, drawn evenly.
     shortest: training lengths are uniform in [shortest * length, length]. tests: how many test items.
-    turns: the most codes a training text is asked for, one after the other; the length holds all questions.
+    turns: the most codes a training text is asked for, one after the other; the length holds all questions. every:
+    share of the training texts that are asked for all their codes at once, in any order: the densest lesson.
     """
 
     name = "needle"
@@ -74,15 +76,16 @@ class Needle(Task):
         shortest: float = 0.5,
         tests: int = 100,
         turns: int = 1,
+        every: float = 0.0,
     ):
-        self.turns = turns
+        self.turns, self.every = turns, every
         self.length, self.count, self.keys, self.shortest, self.tests = length, count, tuple(keys), shortest, tests
         self.languages = tuple(languages)
         check_languages("needle", self.languages)
         if not 5 <= self.keys[0] <= self.keys[1] <= len(KEYS):
             raise PunaError(f"needle: keys {self.keys} must be (fewest, most) with fewest at least 5")
-        if turns < 1:
-            raise PunaError(f"needle: turns must be at least 1, got {turns}")
+        if turns < 1 or not 0 <= every <= 1:
+            raise PunaError(f"needle: turns must be at least 1 and every in 0..1, got {turns} and {every}")
         if not 0 < shortest <= 1 or tests < 1 or not self.languages:
             raise PunaError("needle: needs 0 < shortest <= 1, tests >= 1 and at least one language")
         self._counts: dict[str, int] = {}
@@ -108,10 +111,13 @@ class Needle(Task):
         depth = (index + rand.random()) / self.tests if split == "test" else rand.random()
         depths = [depth, *(rand.random() for _ in keys[1:])]
         values: list[int] = []
-        questions = [QUESTION.format(key=key) for key in keys[: rand.randint(1, self.turns) if split == "train" else 1]]
+        asked = 1 if split == "test" else rand.randint(1, self.turns)
+        listed = split == "train" and rand.random() < self.every
+        questions = [QUESTION_ALL] if listed else [QUESTION.format(key=key) for key in keys[:asked]]
+        later = sum(self._cost(question) + self._sentence + TURN for question in questions[1:])
+        later += (len(keys) - 1) * self._sentence if listed else 0  # the other sentences of the answer
         used = sum(self._cost(SENTENCE.format(key=key, value=54321)) for key in keys)
-        used += sum(self._cost(question) + self._sentence + TURN for question in questions[1:])
-        used += self._cost(questions[0])
+        used += self._cost(questions[0]) + later
         hay = self._hay(rand, lang, split, length - used)
         while len(values) < len(keys):
             value = rand.randint(10000, 99999)
@@ -121,7 +127,6 @@ class Needle(Task):
         while True:
             text = _insert(hay, needles, depths)
             whole = f"{text}\n\n{questions[0]}"
-            later = sum(self.count(question) + self._sentence + TURN for question in questions[1:])
             if self.count(whole) + later <= length or not hay:
                 break
             hay.pop()  # pieces' counts add up only roughly; give way at the end
@@ -134,8 +139,9 @@ class Needle(Task):
             "length": length,
         }
         messages = []
-        for text, needle in zip([whole, *questions[1:]], needles, strict=False):
-            messages += [user(text), assistant(needle)]
+        answers = [" ".join(rand.sample(needles, len(needles)))] if listed else needles
+        for text, answer in zip([whole, *questions[1:]], answers, strict=False):
+            messages += [user(text), assistant(answer)]
         return Item(messages, str(values[len(questions) - 1]), meta)
 
     def grade(self, item: Item, text: str) -> float:

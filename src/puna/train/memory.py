@@ -9,7 +9,7 @@ machine a first touch costs up to 40 us a page. `grow_heap` takes those faults a
 
 oneDNN, too, throws away what it will need again: it compiles a kernel for every shape of a product and keeps the newest
 1,024. Experts' loads, pictures and valid tokens make several times as many shapes, so steps became slower the more
-differently the experts were used. `keep_kernels` asks for room for all of them.
+differently the experts were used. `keep_kernels` asks for room for four times as many, at about 100 KB each.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import platform
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 NEVER, GROWTH = -1, 1 << 26  # bytes; -1 becomes the largest size there is
 MADV_HUGEPAGE, HUGE = 14, 1 << 21  # linux/mman.h; bytes
-KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32768"
+KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096"
 _grown = 0  # bytes the heap has been grown by: the stages of one life share it
 
 
@@ -34,7 +34,7 @@ def keep_freed_memory() -> bool:
 
 
 def keep_kernels() -> None:
-    """Lets oneDNN keep a kernel for every shape it meets; before the process's first product, and unless the
+    """Lets oneDNN keep more of the kernels it compiles; before the process's first product, and unless the
     environment says otherwise."""
     os.environ.setdefault(*KERNELS)
 
