@@ -1,6 +1,9 @@
 """A batch is a function of its step alone: right targets, right tiles, whatever was asked before and however it was
 prepared."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +54,35 @@ def equal(a, b):
     assert (a.tiles is None) == (b.tiles is None) and (a.tiles is None or torch.equal(a.tiles, b.tiles))
     assert (a.tiles_B, a.row_sources, a.row_index) == (b.tiles_B, b.row_sources, b.row_index)
     return True
+
+
+THREADS = """
+import os, threading, torch
+from puna.processor import ImageProcessor, Processor
+from puna.tasks import EmojiPicture
+from puna.tasks.pictures import by_id, styles
+torch.set_num_threads(2)
+torch.ones(1 << 22).add_(1)  # the training thread's own team
+concept = next(iter(by_id()))
+pictures = [EmojiPicture(concept, styles(concept)[0], seed) for seed in range(40)]
+count = lambda: len(os.listdir("/proc/self/task"))
+before, found = count(), []
+def work():
+    tiles = Processor(None, ImageProcessor(64, 16)).tiles(pictures)
+    found.append((count() - 1, tuple(tiles.shape)))  # this thread itself not counted
+thread = threading.Thread(target=work)
+thread.start(), thread.join()
+print(before, *found)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_preparing_pictures_starts_no_openmp_threads():
+    """With more of them than cores, the training thread's would sleep at every barrier instead of spinning."""
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, found = done.stdout.split(" ", 1)
+    assert found.strip() == f"({before}, (40, 3, 64, 64))"
 
 
 def test_targets_by_hand():

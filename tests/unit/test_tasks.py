@@ -240,6 +240,19 @@ def test_scenes_are_read_out_whole():
     assert source.document(3, seed=1) == source.document(3, seed=1) != source.document(3, seed=2)
 
 
+def test_scenes_of_one_thing_on_one_tile():
+    easy = [Scenes(most=1, small=1.0).document(i)[0] for i in range(20)]
+    assert {(len(scene.objects), scene.side) for scene in easy} == {(1, pictures.SIDE)}
+    mixed = [Scenes(small=0.5).document(i)[0] for i in range(200)]
+    assert {scene.side for scene in mixed} == {pictures.SIDE, pictures.SCENE_SIDE}
+    assert {len(scene.objects) for scene in mixed} == {1, 2, 3, 4, 5, 6}
+    for wrong in ({"most": 7}, {"most": 0}, {"small": 1.5}):
+        with pytest.raises(PunaError, match="most must be 1 to 6 and small in 0..1"):
+            Scenes(**wrong)
+    with pytest.raises(PunaError, match="1 to 6 objects, not 4 to 3"):
+        Scene(0, fewest=4, most=3)
+
+
 def test_grounding_asks_at_least_half_of_its_turns():
     source = task("grounding", turns=6)
     counts = {len(source.item(i).messages) // 2 for i in range(60)}
@@ -398,6 +411,23 @@ def test_needle_asks_several_codes_of_one_text_in_training():
             assert answer["content"].startswith(f"The code of the {key} is ") and answer["content"] in text
         assert sum(count(m["content"]) for m in item.messages[:-1]) <= 400
     assert all(len(item.messages) == 2 for item in source.items("test"))
+
+
+def test_needle_asks_for_all_codes_at_once_in_training():
+    source = task("needle", length=400, count=count, every=1.0)
+    orders = []
+    for index in range(12):
+        item = source.item(index, "train")
+        text, question = item.messages[0]["content"].split("\n\n")
+        answer = item.messages[1]["content"]
+        sentences = [f"{part}." for part in answer.removesuffix(".").split(". ")]
+        assert question == needle.QUESTION_ALL and len(item.messages) == 2
+        assert len(set(sentences)) == item.meta["keys"] >= 5 and all(sentence in text for sentence in sentences)
+        assert count(item.messages[0]["content"]) + count(answer) <= 400 + 20
+        orders.append(sentences == sorted(sentences, key=text.index))
+    assert not all(orders), "in the text's order the answer could be copied without looking"
+    tested = source.item(0, "test")
+    assert tested.messages[0]["content"].endswith(needle.QUESTION.format(key=tested.meta["key"]))
 
 
 def test_needle_levels_double_the_length():
