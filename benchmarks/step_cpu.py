@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-CURES = ("heap", "kernels", "join", "cross_entropy")
+CURES = ("heap", "rounding", "join", "cross_entropy")
 WORTH = 1.0  # a cure that does not pay is to be taken out again
 
 
@@ -32,12 +32,13 @@ def leave_out(cure: str) -> None:
     import torch.nn.functional as F
 
     from puna.data import batches
+    from puna.model import ops
     from puna.train import memory, terms
 
     if cure == "heap":
         memory.grow_heap = lambda size: False
-    elif cure == "kernels":
-        os.environ[memory.KERNELS[0]] = "1024"  # oneDNN's own
+    elif cure == "rounding":
+        ops.FEW = 1 << 62
     elif cure == "join":
         import puna.processor
 

@@ -49,7 +49,6 @@ def say(text: str, quiet: bool) -> None:
 def probe(run: RunConfig, steps: int = 3) -> float:
     """Training tokens per second of this machine on the recipe's own model and batch (random tokens)."""
     part = run.pretrain
-    memory.keep_kernels()
     memory.keep_freed_memory()
     model = Llama4(run.model, seed=run.seed)
     model.compute_dtype = compute_dtype(part.train.compute_dtype, model.tok_embeddings.weight.device)

@@ -146,11 +146,21 @@ def test_every_row_of_the_table_is_measured(measured):
 def test_samples_are_first_items_of_the_test_right_or_wrong(measured):
     samples = measured[1]
     assert len(samples) == SMALL.samples
+    assert {s.row.split("/")[0] for s in samples} == {"naming", "grounding", "addition", "needle"}
     first = list(Naming("en").items("test"))[:3]
-    assert [s.item.answer for s in samples if s.row == "naming/en"] == [item.answer for item in first]
+    shown = [s.item.answer for s in samples if s.row == "naming/en"]
+    assert shown == [item.answer for item in first][: len(shown)]
     for sample in samples:
         again = Sample.from_dict(sample.to_dict())
         assert (again.row, again.text, again.grade, again.item) == (sample.row, sample.text, sample.grade, sample.item)
+
+
+def test_no_kind_of_sample_crowds_another_out():
+    rows = ["naming/ar", "naming/en", "naming/en", "grounding/iou50", "grounding/iou50", "needle/2x"]
+    samples = [Sample(row, None, str(i), 0.0) for i, row in enumerate(rows)]
+    assert [s.text for s in suite.chosen(samples, 3)] == ["0", "3", "5"]
+    assert [s.text for s in suite.chosen(samples, 5)] == ["0", "1", "3", "4", "5"]
+    assert suite.chosen(samples, 99) == samples and suite.chosen(samples, 0) == []
 
 
 def test_a_model_without_eyes_or_room_gets_rows_without_values(tiny_processor):

@@ -1,7 +1,6 @@
 """The allocator keeps what a step frees: the next step takes no page faults for it. Elsewhere nothing is changed."""
 
 import ctypes
-import os
 import platform
 import subprocess
 import sys
@@ -92,16 +91,6 @@ def test_a_heap_grown_beforehand_has_its_faults_behind_it():
         assert done.returncode == 0, done.stderr
         counts[mode] = int(done.stdout)
     assert counts["grow"] < 256 and counts["grow"] < counts["leave"] / 4, counts
-
-
-def test_room_for_kernels_is_asked_for_unless_someone_did(monkeypatch):
-    name, value = memory.KERNELS
-    monkeypatch.delenv(name, raising=False)
-    memory.keep_kernels()
-    assert os.environ[name] == value and int(value) > 1024
-    monkeypatch.setenv(name, "7")
-    memory.keep_kernels()
-    assert os.environ[name] == "7"
 
 
 def test_training_grows_the_heap_by_what_it_is_told(tmp_path, monkeypatch):

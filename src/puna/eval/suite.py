@@ -39,7 +39,7 @@ def run(
     model: Llama4, processor: Processor, config: EvalConfig, training_text: TrainingText,
     progress: Progress | None = None, quiet: bool = False,
 ) -> tuple[list[Row], list[Sample]]:  # fmt: skip
-    """All rows, in the table's order, and some answers to look at (always a task's first items, right or wrong).
+    """All rows, in the table's order, and some answers to look at (chosen beforehand, right or wrong).
 
     training_text: what the model was trained on, by "text/<lang>" (or "<lang>") and "code", for chance; or a function
     of a language or "code". progress(row): called as rows come; by default a line on stderr unless `quiet`. Computes in
@@ -66,7 +66,17 @@ def _run(engine: Engine, config: EvalConfig, training_text: TrainingText, done: 
             add(row, some)
     for name in (*config.languages, "code"):
         add(_bits(engine.model, engine.processor, config, name, training_text))
-    return rows, samples[: config.samples]
+    return rows, chosen(samples, config.samples)
+
+
+def chosen(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """`count` of the samples, in their order: of every kind of row (naming, grounding, ...) in turn, so that no kind
+    crowds another out."""
+    kinds: dict[str, list[int]] = {}
+    for place, sample in enumerate(samples):
+        kinds.setdefault(sample.row.split("/")[0], []).append(place)
+    turns = sorted((turn, place) for places in kinds.values() for turn, place in enumerate(places))
+    return [samples[place] for place in sorted(place for _, place in turns[:count])]
 
 
 def answer(engine: Engine, items: Sequence[tasks.Item], max_tokens: int) -> list[str]:
@@ -84,7 +94,7 @@ def _sees(engine: Engine) -> bool:
 
 
 def _naming(engine: Engine, config: EvalConfig):
-    for lang in config.languages:
+    for number, lang in enumerate(config.languages):
         name = f"naming/{lang}"
         goal = config.goals.get(name)
         if not _sees(engine):
@@ -94,7 +104,9 @@ def _naming(engine: Engine, config: EvalConfig):
         count = config.naming if lang == "en" else config.naming_languages
         items = list(islice(task.items("test", config.seed), count))
         graded = _graded(engine, task, items, name)
-        yield share_row(name, [s.grade for s in graded], task.chance(items), goal), graded[: 3 if lang == "en" else 1]
+        place = number % len(graded)  # every language shows another thing
+        shown = slice(0, 3) if lang == "en" else slice(place, place + 1)
+        yield share_row(name, [s.grade for s in graded], task.chance(items), goal), graded[shown]
         if lang == "en":
             mixed = shuffled(items, config.seed)
             grades = [s.grade for s in _graded(engine, task, mixed, f"{name}/shuffled")]

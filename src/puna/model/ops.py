@@ -13,6 +13,10 @@ linear layer casts its weight to the activations' dtype, and autograd's cast bac
 On CUDA this is one grouped matmul. On the CPU a plain `mm` per non-empty expert into preallocated slices is 3-5x
 faster than torch's grouped kernel, and a backward of its own is needed: autograd through `w[e]` would materialise a
 full zero tensor of w's size for each expert (training.md §0).
+
+oneDNN, which does these products in bfloat16, compiles a kernel for every number of rows and keeps the newest 1,024 of
+them; experts' loads are new numbers in every step. So a training step's products take a multiple of ROUND rows: the
+expert's own, and some of the next one's, whose results the next expert overwrites.
 """
 
 from __future__ import annotations
@@ -42,6 +46,30 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+ROUND, FEW = 16, 128  # rows; with fewer tokens than FEW (decoding) each product is as small as it can be
+
+
+def _rows(x_TD: Tensor, n: int) -> int:
+    """The number of rows that an expert with n tokens of x_TD multiplies."""
+    rounds = x_TD.dtype == torch.bfloat16 and len(x_TD) >= FEW
+    return -(-n // ROUND) * ROUND if rounds else n
+
+
+def _padded(x_nD: Tensor, rows: int) -> Tensor:
+    """x_nD with zeros below it, [rows, D]."""
+    return F.pad(x_nD, (0, 0, 0, rows - len(x_nD))) if rows > len(x_nD) else x_nD
+
+
+def _mm_slice(x_TD: Tensor, w_DF: Tensor, out_TF: Tensor, start: int, n: int) -> None:
+    """out[start : start + n] = x[start : start + n] @ w; rows further down may hold anything afterwards."""
+    rows = _rows(x_TD, n)
+    if start + rows <= len(x_TD):
+        torch.mm(x_TD[start : start + rows], w_DF, out=out_TF[start : start + rows])
+    else:
+        own = slice(start, start + n)
+        out_TF[own] = torch.mm(_padded(x_TD[own], rows), w_DF)[:n]
+
+
 class _ExpertMM(torch.autograd.Function):
     """Plain `mm` per non-empty expert; see the module's docstring."""
 
@@ -52,7 +80,7 @@ class _ExpertMM(torch.autograd.Function):
         start = 0
         for e, n in enumerate(counts):
             if n:
-                torch.mm(x_TD[start : start + n], w[e], out=y_TF[start : start + n])
+                _mm_slice(x_TD, w[e], y_TF, start, n)
                 start += n
         ctx.save_for_backward(x_TD, w)
         ctx.counts = counts
@@ -66,12 +94,12 @@ class _ExpertMM(torch.autograd.Function):
         dw_EDF = torch.empty_like(w) if ctx.needs_input_grad[1] else None
         start = 0
         for e, n in enumerate(ctx.counts):
-            s = slice(start, start + n)
+            s, rows = slice(start, start + n), _rows(x_TD, n)
             if n and dx_TD is not None:
-                torch.mm(dy_TF[s], w[e].t(), out=dx_TD[s])
+                _mm_slice(dy_TF, w[e].t(), dx_TD, start, n)
             if dw_EDF is not None:
                 if n:
-                    torch.mm(x_TD[s].t(), dy_TF[s], out=dw_EDF[e])
+                    torch.mm(_padded(x_TD[s], rows).t(), _padded(dy_TF[s], rows), out=dw_EDF[e])
                 else:
                     dw_EDF[e].zero_()
             start += n

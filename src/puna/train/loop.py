@@ -104,7 +104,6 @@ def train(job: Job) -> Llama4:
     Stopped after a signal. In each case the last good checkpoint is intact.
     """
     config, model = job.train, job.model
-    memory.keep_kernels()
     kept = memory.keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)

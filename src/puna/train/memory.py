@@ -6,22 +6,16 @@ heap and never to give the top of it back, the allocator reuses them. The smalle
 
 The heap still grows for hundreds of steps, as long as batches of ever new shapes leave holes in it, and on a virtual
 machine a first touch costs up to 40 us a page. `grow_heap` takes those faults at once, with huge pages: 512 pages each.
-
-oneDNN, too, throws away what it will need again: it compiles a kernel for every shape of a product and keeps the newest
-1,024. Experts' loads, pictures and valid tokens make several times as many shapes, so steps became slower the more
-differently the experts were used. `keep_kernels` asks for room for four times as many, at about 100 KB each.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 NEVER, GROWTH = -1, 1 << 26  # bytes; -1 becomes the largest size there is
 MADV_HUGEPAGE, HUGE = 14, 1 << 21  # linux/mman.h; bytes
-KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096"
 _grown = 0  # bytes the heap has been grown by: the stages of one life share it
 
 
@@ -31,12 +25,6 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all(mallopt(*pair) == 1 for pair in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, NEVER), (M_TOP_PAD, GROWTH)))
-
-
-def keep_kernels() -> None:
-    """Lets oneDNN keep more of the kernels it compiles; before the process's first product, and unless the
-    environment says otherwise."""
-    os.environ.setdefault(*KERNELS)
 
 
 def grow_heap(size: int) -> bool:
