@@ -246,11 +246,29 @@ def test_scenes_of_one_thing_on_one_tile():
     mixed = [Scenes(small=0.5).document(i)[0] for i in range(200)]
     assert {scene.side for scene in mixed} == {pictures.SIDE, pictures.SCENE_SIDE}
     assert {len(scene.objects) for scene in mixed} == {1, 2, 3, 4, 5, 6}
-    for wrong in ({"most": 7}, {"most": 0}, {"small": 1.5}):
-        with pytest.raises(PunaError, match="most must be 1 to 6 and small in 0..1"):
+    for wrong in ({"most": 7}, {"most": 0}, {"small": 1.5}, {"words": -1}):
+        with pytest.raises(PunaError, match="most must be 1 to 6, small and words in 0..1"):
             Scenes(**wrong)
     with pytest.raises(PunaError, match="1 to 6 objects, not 4 to 3"):
         Scene(0, fewest=4, most=3)
+
+
+def test_scenes_say_places_in_words():
+    spoken = [Scenes(most=1, small=1.0, words=1.0).document(i) for i in range(200)]
+    seen = set()
+    for scene, text in spoken:
+        (spot,) = scene.objects
+        where, name = text.split(": ", 1)
+        x1, y1, x2, y2 = spot.box(scene.side)
+        first, second = where.split()
+        row, column = ("top", "middle", "bottom").index(first), ("left", "centre", "right").index(second)
+        assert abs((y1 + y2) / 2 - (row + 0.5) * 333) <= 175 and abs((x1 + x2) / 2 - (column + 0.5) * 333) <= 175
+        assert name == _name(spot.concept)
+        seen.add(where)
+    assert len(seen) == 9
+    mixed = [Scenes(words=0.5).document(i) for i in range(100)]
+    words = [len(scene.objects) == 1 for scene, text in mixed if not parse_boxes(text)]
+    assert words and all(words), "only a scene of one thing is put in words"
 
 
 def test_grounding_asks_at_least_half_of_its_turns():

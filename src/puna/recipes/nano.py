@@ -80,8 +80,9 @@ def _twelve() -> tuple[StageConfig, StageConfig, StageConfig]:
 
 
 def _sixty() -> tuple[StageConfig, StageConfig, StageConfig]:
-    # An hour also learns to point and to find a code in a long text. Pointing takes off late (docs/LOG.md), so its
-    # scenes begin early, with one thing on one tile; codes are asked in short texts too, many of one text.
+    # An hour also learns to point and to find a code in a long text. Pointing takes off late (docs/LOG.md), so it
+    # begins with the first picture: one thing on one tile and its place in words, then its box, then several things.
+    # Codes are asked in short texts too, many of one text.
     options = OPTIONS | {
         "captions": {"items": 60000, "languages": _english(0.85)},
         "sft/naming": {"items": 30000, "languages": _english(0.6)},
@@ -91,8 +92,8 @@ def _sixty() -> tuple[StageConfig, StageConfig, StageConfig]:
         "sft/needle": {"items": 2000, "length": 480, "shortest": 0.8, "turns": 6, "every": 0.5},
     }
     pretrain = _stage(
-        512, 0, _mix(0.03, captions=0.80, scenes=0.10, text_en=0.03, code=0.02, sft_addition=0.02),
-        options | {"scenes": {"items": 4000, "most": 1, "small": 1.0}},
+        512, 0, _mix(0.03, captions=0.55, scenes=0.35, text_en=0.03, code=0.02, sft_addition=0.02),
+        options | {"scenes": {"items": 12000, "most": 1, "small": 1.0, "words": 0.95}},
         steps=800, rows=2, warmup=300, decay=0.1, floor=0.3, checkpoint_every=200, eval_every=400, **LOOK,
     )  # fmt: skip
     midtrain = _stage(
@@ -100,7 +101,7 @@ def _sixty() -> tuple[StageConfig, StageConfig, StageConfig]:
         {"long/en": 0.18, "long/code": 0.10, "sft/addition": 0.08, "captions": 0.14, "scenes": 0.40,
          "sft/needle": 0.10},
         options | {"captions": {"items": 16000, "languages": _english(0.85)},
-                   "scenes": {"items": 30000, "small": 0.6},
+                   "scenes": {"items": 30000, "small": 0.8, "words": 0.2},
                    "sft/needle": {"items": 800, "shortest": 0.4, "turns": 6, "every": 0.5}},
         steps=2000, rows=2, warmup=15, decay=0.1, floor=0.5, checkpoint_every=250, eval_every=500, **GROW,
     )  # fmt: skip
