@@ -96,7 +96,7 @@ exchanged pictures, are better when lower.</p>
 {% endfor %}</table></div></section>{% endif %}
 
 {% if samples %}<section><h2>Answers</h2>
-<p>The first items of each test, right or wrong, not chosen. Boxes:
+<p>Items chosen before the run, right or wrong. Boxes:
 <span style="color:#e4572e">what the model said</span>
 and, dashed, <span style="color:#1f9d55">the truth</span>.</p>
 <div class="samples">{% for s in samples %}<figure>{{ s.picture }}<figcaption>
