@@ -57,7 +57,7 @@ OPTIONS = {
 
 
 # The tables: minutes -> (pretrain, midtrain, sft), made for SPEED tokens of pre-training a second.
-SPEED = 3700.0
+SPEED = 4700.0
 
 
 def _twelve() -> tuple[StageConfig, StageConfig, StageConfig]:

@@ -101,7 +101,7 @@ class Scenes:
     most: things in a scene, 1 to 6; half of the scenes hold one, the others up to `most`. small: share of the scenes
     that fit one tile. words: share of the scenes of one thing that say its place in words instead, "top left: pizza".
     Of a box's two dozen tokens only a few depend on the picture, and the others' noise hides them for ten thousands
-    of pictures; two words behind a picture are learnt as fast as a name (docs/LOG.md), and boxes after them.
+    of pictures; two words behind a picture are learnt sooner (docs/LOG.md), and boxes after them.
     """
 
     name = "scenes"
