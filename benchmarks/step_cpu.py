@@ -1,7 +1,7 @@
 """What each cure of docs/LOG.md's leaks is worth: seconds of a training step of a recipe with it, and without.
 
     python benchmarks/step_cpu.py --out step_cpu.json            (about 15 minutes on two cores)
-    python benchmarks/step_cpu.py --quick --out step_cpu.json    (about 4)
+    python benchmarks/step_cpu.py --quick --out step_cpu.json    (about 6)
 
 Each measurement is a process of its own that trains a stage of the recipe as `puna pretrain` does (its own data, the
 one loop, the thread that prepares batches) and takes the median step after a third of them. The peer is the same
@@ -50,7 +50,7 @@ def leave_out(cure: str) -> None:
 
 
 def measure(recipe: str, stage: str, steps: int, cache: Path, without: str) -> None:
-    """Trains, and prints the median step's seconds and the mean wait for a batch."""
+    """Trains, and prints the median step's seconds."""
     leave_out(without)
     from puna import recipes
     from puna.data import Batches, Mixture, build

@@ -226,3 +226,16 @@ def test_a_model_without_experts_has_no_router_metrics():
     model = Llama4(config)
     result = train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), [random_batch()], NextToken(), 1.0, 16)
     assert not result.skipped and set(result.metrics) == {"accuracy"}
+
+
+def test_the_balancer_sees_the_loads_of_all_micro_batches():
+    batch = random_batch()
+    parts = batch.split(4)
+    model = lively_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    whole = train_step(model, optimizer, [batch], NextToken(), NO_CLIP, 16).counts
+    cut = train_step(model, optimizer, parts, NextToken(), NO_CLIP, 16).counts
+    assert len(whole) == len(moe_layers(model)) and all(int(c.sum()) == batch.tokens_BT.numel() for c in whole)
+    assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
+    last = [layer.counts_E for layer in moe_layers(model)]
+    assert any(not torch.equal(a, b) for a, b in zip(cut, last, strict=True)), "the last part alone says something else"
