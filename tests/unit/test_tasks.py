@@ -99,7 +99,7 @@ def test_registry_names_the_nearest_valid_name():
         task("grounding", turn=2)
     with pytest.raises(PunaError, match="needs the setting 'length'"):
         task("needle")
-    assert set(TASKS) == {"addition", "conversations", "facts", "grounding", "naming", "needle"}
+    assert set(TASKS) == {"addition", "conversations", "facts", "grounding", "naming", "needle", "recall"}
 
 
 # ---- pictures
@@ -240,35 +240,52 @@ def test_scenes_are_read_out_whole():
     assert source.document(3, seed=1) == source.document(3, seed=1) != source.document(3, seed=2)
 
 
-def test_scenes_of_one_thing_on_one_tile():
-    easy = [Scenes(most=1, small=1.0).document(i)[0] for i in range(20)]
-    assert {(len(scene.objects), scene.side) for scene in easy} == {(1, pictures.SIDE)}
-    mixed = [Scenes(small=0.5).document(i)[0] for i in range(200)]
-    assert {scene.side for scene in mixed} == {pictures.SIDE, pictures.SCENE_SIDE}
-    assert {len(scene.objects) for scene in mixed} == {1, 2, 3, 4, 5, 6}
-    for wrong in ({"most": 7}, {"most": 0}, {"small": 1.5}, {"words": -1}):
-        with pytest.raises(PunaError, match="most must be 1 to 6, small and words in 0..1"):
+@pytest.mark.parametrize("lesson", grounding.LESSONS)
+def test_scenes_keep_to_their_lesson(lesson):
+    told = grounding.LESSONS[lesson]
+    scenes = [Scenes({lesson: 1.0}).document(i)[0] for i in range(60)]
+    counts, lengths = set(), []
+    for scene in scenes:
+        assert scene.side == told.side and scene.size == (told.side, told.side)
+        counts.add(len(scene.objects))
+        lengths += [max(o.right - o.left, o.bottom - o.top) / scene.side for o in scene.objects]
+    assert counts == set(range(told.fewest, told.most + 1))
+    # Crowded scenes take smaller things, down to a tenth; scaling rounds to pixels and crops what became invisible.
+    assert min(lengths) > 0.05 and max(lengths) <= told.largest + 1.5 / told.side
+    assert max(lengths) - min(lengths) > 0.5 * (told.largest - told.smallest)
+
+
+def test_scenes_mix_their_lessons_by_weight():
+    sides = [Scenes({"one": 3.0, "all": 1.0}).document(i)[0].side for i in range(200)]
+    assert 0.65 < sides.count(pictures.SIDE) / 200 < 0.85
+    for wrong in ({"lessons": {"hard": 1.0}}, {"lessons": {"one": -1.0}}):
+        with pytest.raises(PunaError, match="lessons are one, smaller, few, wide, all"):
+            Scenes(**wrong)
+    for wrong in ({"words": -1}, {"words": 1.1}, {"lessons": {"one": 0}}, {"lessons": {}}):
+        with pytest.raises(PunaError, match="a lesson of positive weight, and words in 0..1"):
             Scenes(**wrong)
     with pytest.raises(PunaError, match="1 to 6 objects, not 4 to 3"):
         Scene(0, fewest=4, most=3)
+    with pytest.raises(PunaError, match="0.05 to 1 of its side long, not 0.5 to 0.4"):
+        Scene(0, smallest=0.5)
 
 
 def test_scenes_say_places_in_words():
-    spoken = [Scenes(most=1, small=1.0, words=1.0).document(i) for i in range(200)]
+    spoken = [Scenes({"few": 1.0}, words=1.0).document(i) for i in range(200)]
     seen = set()
     for scene, text in spoken:
-        (spot,) = scene.objects
-        where, name = text.split(": ", 1)
-        x1, y1, x2, y2 = spot.box(scene.side)
-        first, second = where.split()
-        row, column = ("top", "middle", "bottom").index(first), ("left", "centre", "right").index(second)
-        assert abs((y1 + y2) / 2 - (row + 0.5) * 333) <= 175 and abs((x1 + x2) / 2 - (column + 0.5) * 333) <= 175
-        assert name == _name(spot.concept)
-        seen.add(where)
+        by_name = {_name(spot.concept): spot for spot in scene.objects}
+        lines = [line.rsplit(": ", 1) for line in text.split("\n")]
+        assert sorted(name for name, _ in lines) == sorted(by_name)
+        for name, where in lines:
+            x1, y1, x2, y2 = by_name[name].box(scene.side)
+            first, second = where.split()
+            row, column = ("top", "middle", "bottom").index(first), ("left", "centre", "right").index(second)
+            assert abs((y1 + y2) / 2 - (row + 0.5) * 333) <= 175 and abs((x1 + x2) / 2 - (column + 0.5) * 333) <= 175
+            seen.add(where)
     assert len(seen) == 9
-    mixed = [Scenes(words=0.5).document(i) for i in range(100)]
-    words = [len(scene.objects) == 1 for scene, text in mixed if not parse_boxes(text)]
-    assert words and all(words), "only a scene of one thing is put in words"
+    boxed = [bool(parse_boxes(Scenes(words=0.5).document(i)[1])) for i in range(200)]
+    assert 0.4 < sum(boxed) / 200 < 0.6
 
 
 def test_grounding_asks_at_least_half_of_its_turns():
@@ -429,6 +446,39 @@ def test_needle_asks_several_codes_of_one_text_in_training():
             assert answer["content"].startswith(f"The code of the {key} is ") and answer["content"] in text
         assert sum(count(m["content"]) for m in item.messages[:-1]) <= 400
     assert all(len(item.messages) == 2 for item in source.items("test"))
+
+
+def test_needle_trains_on_fewer_codes_and_shorter_texts_than_it_tests():
+    source = task("needle", length=400, count=count, keys=(5, 8), fewest=1, shortest=0.4)
+    items = [source.item(index, "train") for index in range(120)]
+    assert {item.meta["keys"] for item in items} == set(range(1, 9))
+    assert {item.meta["keys"] for item in source.items("test")} == set(range(5, 9))
+    lengths = sorted(item.meta["length"] for item in items)
+    assert 160 <= lengths[0] < 200 and 350 < lengths[-1] <= 400 and 230 < lengths[60] < 275, "even on a log scale"
+    for wrong in (0, 9):
+        with pytest.raises(PunaError, match="fewest must be 1 to 8"):
+            task("needle", length=400, count=count, fewest=wrong)
+
+
+def test_recall_says_every_code_again_in_another_order():
+    source, orders, sizes = task("recall", fewest=2, most=4), [], set()
+    for index in range(40):
+        item = source.item(index)
+        listed, question = item.messages[0]["content"].split("\n\n")
+        answer = item.messages[1]["content"]
+        assert question == needle.QUESTION_ALL and sorted(listed.split(". ")) != [listed]
+        said = [f"{part}." for part in answer.removesuffix(".").split(". ")]
+        assert sorted(said) == sorted(f"{part}." for part in listed.removesuffix(".").split(". "))
+        sizes.add(len(said))
+        orders.append(answer == listed)
+    assert sizes == {2, 3, 4} and 0 < sum(orders) < 25
+    tested = source.item(0, "test")
+    assert tested.messages[0]["content"].endswith(needle.QUESTION.format(key=tested.meta["key"]))
+    assert source.grade(tested, tested.messages[1]["content"]) == 1
+    assert source.grade(tested, tested.messages[0]["content"]) == 0, "all codes are no answer"
+    assert 0.25 <= source.chance(source.items("test")) <= 0.5
+    with pytest.raises(PunaError, match="1 <= fewest <= most"):
+        task("recall", fewest=3, most=2)
 
 
 def test_needle_asks_for_all_codes_at_once_in_training():

@@ -80,36 +80,40 @@ def _twelve() -> tuple[StageConfig, StageConfig, StageConfig]:
 
 
 def _sixty() -> tuple[StageConfig, StageConfig, StageConfig]:
-    # An hour also learns to point and to find a code in a long text. Pointing takes off late (docs/LOG.md), so it
-    # begins with the first picture: one thing on one tile and its place in words, then its box, then several things.
-    # Codes are asked in short texts too, many of one text.
+    # An hour also learns to look codes up in long texts and to point. Look-ups come in lessons (tasks/recall.py): one
+    # code among few in the first stage; many, then in texts, in the second, half of which is nothing else. Pointing
+    # goes from one large thing and its place in words to boxes of six (tasks/grounding.py). Numbers: docs/LOG.md.
     options = OPTIONS | {
         "captions": {"items": 60000, "languages": _english(0.85)},
         "sft/naming": {"items": 30000, "languages": _english(0.6)},
-        "scenes": {"items": 12000, "small": 0.3},
         "sft/addition": {"items": 40000},
-        "sft/grounding": {"items": 16000, "turns": 6},
-        "sft/needle": {"items": 2000, "length": 480, "shortest": 0.8, "turns": 6, "every": 0.5},
+        "sft/grounding": {"items": 12000, "turns": 6},
+        "sft/recall": {"items": 4000, "most": 8},
+        "sft/needle": {"items": 2000, "shortest": 0.3, "turns": 6, "every": 0.6},
     }
     pretrain = _stage(
-        512, 0, _mix(0.03, captions=0.55, scenes=0.35, text_en=0.03, code=0.02, sft_addition=0.02),
-        options | {"scenes": {"items": 12000, "most": 1, "small": 1.0, "words": 0.95}},
-        steps=800, rows=2, warmup=300, decay=0.1, floor=0.3, checkpoint_every=200, eval_every=400, **LOOK,
+        512, 0, _mix(0.02, captions=0.45, scenes=0.25, sft_recall=0.16, text_en=0.08, code=0.02, sft_addition=0.02),
+        options | {"scenes": {"items": 25000, "lessons": {"one": 2.0, "smaller": 2.0, "few": 1.0}, "words": 0.5},
+                   "sft/recall": {"items": 4000, "most": 3}},
+        steps=1600, rows=2, warmup=300, decay=0.1, floor=0.3, checkpoint_every=400, eval_every=800, **LOOK,
     )  # fmt: skip
     midtrain = _stage(
         1024, 1,
-        {"long/en": 0.18, "long/code": 0.10, "sft/addition": 0.08, "captions": 0.14, "scenes": 0.40,
-         "sft/needle": 0.10},
+        {"sft/recall": 0.34, "sft/needle": 0.34, "long/en": 0.14, "long/code": 0.05, "sft/addition": 0.03,
+         "captions": 0.06, "scenes": 0.04},
         options | {"captions": {"items": 16000, "languages": _english(0.85)},
-                   "scenes": {"items": 30000, "small": 0.8, "words": 0.2},
-                   "sft/needle": {"items": 800, "shortest": 0.4, "turns": 6, "every": 0.5}},
-        steps=2000, rows=2, warmup=15, decay=0.1, floor=0.5, checkpoint_every=250, eval_every=500, **GROW,
+                   "scenes": {"items": 3000, "lessons": {"one": 1.0, "few": 1.0, "wide": 2.0}, "words": 0.5},
+                   "sft/recall": {"items": 8000, "fewest": 2, "most": 8},
+                   "sft/needle": {"items": 2200, "keys": [5, 10], "fewest": 2, "shortest": 0.3, "turns": 6,
+                                  "every": 0.9}},
+        steps=4400, rows=1, warmup=15, decay=0.1, floor=0.5, checkpoint_every=400, eval_every=1400, **GROW,
     )  # fmt: skip
     sft = _stage(
-        512, 2,
-        _mix(0.06, sft_naming=0.12, sft_addition=0.12, text_en=0.12, code=0.05, captions=0.06, scenes=0.10,
-             sft_grounding=0.28, sft_needle=0.05, sft_facts=0.02, sft_conversations=0.02),
-        options, steps=3700, rows=4, warmup=15, decay=0.4, floor=0.02, checkpoint_every=300, eval_every=900, **GROW,
+        1024, 2,
+        _mix(0.06, sft_naming=0.14, sft_addition=0.10, text_en=0.12, code=0.05, captions=0.06, scenes=0.09,
+             sft_grounding=0.15, sft_needle=0.14, sft_recall=0.05, sft_facts=0.02, sft_conversations=0.02),
+        options | {"scenes": {"items": 12000, "lessons": {"few": 1.0, "wide": 2.0, "all": 3.0}, "words": 0.2}},
+        steps=2900, rows=2, warmup=15, decay=0.4, floor=0.02, checkpoint_every=300, eval_every=1000, **GROW,
     )  # fmt: skip
     return pretrain, midtrain, sft
 

@@ -19,8 +19,11 @@ from puna.tasks.grounding import Grounding, Scenes
 from puna.tasks.naming import Naming
 from puna.tasks.needle import Needle
 from puna.tasks.pictures import EmojiPicture, PictureRef, Scene
+from puna.tasks.recall import Recall
 
-TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (Addition, Conversations, Facts, Grounding, Naming, Needle)}
+TASKS: dict[str, type[Task]] = {
+    kind.name: kind for kind in (Addition, Conversations, Facts, Grounding, Naming, Needle, Recall)
+}
 DOCUMENTS: dict[str, type] = {kind.name: kind for kind in (Captions, Scenes)}
 
 __all__ = ["DOCUMENTS", "TASKS", "Captions", "EmojiPicture", "Item", "PictureRef", "Scene", "Scenes", "Task", "task"]

@@ -6,15 +6,16 @@ integers 0-999 of the picture. A training picture may be asked about several thi
 pictures cost more tokens than questions; a test scene (unseen, on kinds of background never trained on) is asked
 about once. Graded by IoU >= 0.5 of the first box; chance is what the best constant box reaches on the same items.
 
-`Scenes` are the same scenes as pre-training documents: the picture, then the boxes of all that is in it, one a line in
-random order. Without questions a box costs half the tokens, and the label has to be recognised too. They hold 1 to 6
-things, half of them one: where a thing is can be learnt before which of several is meant; and many are of one tile, as
-a larger scene's last, global tile is.
+`Scenes` are such scenes as pre-training documents: the picture, then where each thing in it is, one a line in random
+order. Without questions a box costs half the tokens, and the label has to be recognised too. They come in lessons
+(`LESSONS`), from one large thing on one tile to what the test shows: where a thing is can be learnt before which of
+several is meant, and large things before small ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import count as count_from
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy as np
 from puna.errors import PunaError
 from puna.processor.grounding import format_box, iou, parse_boxes
 from puna.tasks.base import Item, Task, assistant, check, user
+from puna.tasks.languages import weighted
 from puna.tasks.pictures import SCENE_SIDE, SIDE, PictureRef, Placed, Scene, by_id
 from puna.tasks.seeding import rng
 
@@ -95,39 +97,67 @@ class Grounding(Task):
         return best_constant_box([item.meta["box"] for item in items])[1]
 
 
-class Scenes:
-    """Scenes and the boxes of all that is in them, endless: `document(i)` is a pure function of (seed, i).
+@dataclass(frozen=True)
+class Lesson:
+    """A kind of scene: its side in pixels, how many things, and how long they are (shares of the side)."""
 
-    most: things in a scene, 1 to 6; half of the scenes hold one, the others up to `most`. small: share of the scenes
-    that fit one tile. words: share of the scenes of one thing that say its place in words instead, "top left: pizza".
-    Of a box's two dozen tokens only a few depend on the picture, and the others' noise hides them for ten thousands
-    of pictures; two words behind a picture are learnt sooner (docs/LOG.md), and boxes after them.
+    side: int
+    fewest: int
+    most: int
+    smallest: float
+    largest: float
+
+
+LESSONS = {  # each harder than the one before; a tile is SIDE pixels
+    "one": Lesson(SIDE, 1, 1, 0.4, 0.9),
+    "smaller": Lesson(SIDE, 1, 1, 0.2, 0.8),
+    "few": Lesson(SIDE, 2, 4, 0.2, 0.45),
+    "wide": Lesson(SCENE_SIDE, 2, 6, 0.2, 0.4),
+    "all": Lesson(SCENE_SIDE, 3, 6, 0.1, 0.4),
+}
+
+
+class Scenes:
+    """Scenes and the places of all that is in them, endless: `document(i)` is a pure function of (seed, i).
+
+    lessons: weights of `LESSONS` (default: all alike). words: share of the scenes that say places in words, "pizza: top
+    left", instead of boxes. Of a box's two dozen tokens only a few depend on the picture, and the others' noise hides
+    them for ten thousands of pictures; two words are learnt sooner (docs/LOG.md), and boxes after them. The name comes
+    first, as in a caption: what is asked for is known before its place is.
     """
 
     name = "scenes"
 
-    def __init__(self, most: int = 6, small: float = 0.6, words: float = 0.0):
-        if not 1 <= most <= 6 or not 0 <= small <= 1 or not 0 <= words <= 1:
-            raise PunaError(
-                f"scenes: most must be 1 to 6, small and words in 0..1, got most {most}, small {small}, words {words}"
-            )
-        self.most, self.small, self.words = most, small, words
+    def __init__(self, lessons: dict[str, float] | None = None, words: float = 0.0):
+        self.lessons = dict.fromkeys(LESSONS, 1.0) if lessons is None else dict(lessons)
+        for lesson, weight in self.lessons.items():
+            if lesson not in LESSONS or not weight >= 0:
+                raise PunaError(
+                    f"scenes: lessons are {', '.join(LESSONS)}, with weights of at least 0; got {lesson!r}: {weight}"
+                )
+        if not any(self.lessons.values()) or not 0 <= words <= 1:
+            raise PunaError(f"scenes: needs a lesson of positive weight, and words in 0..1, not {words}")
+        self.words = words
 
     def document(self, index: int, seed: int = 0) -> list[str | PictureRef]:
-        """Document `index`: a training scene, then one box a line, in random order."""
+        """Document `index`: a training scene, then a line for each thing, in random order."""
         rand = rng(self.name, seed, index)
-        side = SIDE if rand.random() < self.small else SCENE_SIDE
-        most = self.most if rand.random() < 0.5 else 1
-        scene = Scene(rand.getrandbits(40), "train", side, 1, most)
+        lesson = LESSONS[weighted(self.lessons, rand)]
+        sizes = (lesson.fewest, lesson.most, lesson.smallest, lesson.largest)
+        scene = Scene(rand.getrandbits(40), "train", lesson.side, *sizes)
         objects = rand.sample(scene.objects, len(scene.objects))
-        if len(objects) == 1 and rand.random() < self.words:
-            return [scene, f"{place(objects[0], side)}: {by_id()[objects[0].concept].names['en']}"]
-        return [scene, "\n".join(written(spot, scene.side) for spot in objects)]
+        words = rand.random() < self.words
+        return [scene, "\n".join((in_words if words else written)(spot, scene.side) for spot in objects)]
 
     def documents(self, seed: int = 0, start: int = 0) -> Iterator[list[str | PictureRef]]:
         """Documents from `start` on, without end."""
         for index in count_from(start):
             yield self.document(index, seed)
+
+
+def in_words(spot: Placed, side: int) -> str:
+    """An object's English name and its place in words: "pizza: top left"."""
+    return f"{by_id()[spot.concept].names['en']}: {place(spot, side)}"
 
 
 def place(spot: Placed, side: int) -> str:

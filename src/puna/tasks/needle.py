@@ -19,7 +19,7 @@ from puna import nursery
 from puna.errors import PunaError
 from puna.tasks.base import Item, Task, assistant, check, user
 from puna.tasks.languages import check_languages
-from puna.tasks.seeding import rng
+from puna.tasks.seeding import log_even, rng
 
 _COLOURS = "red blue green yellow black white brown golden silver purple pink orange"
 _THINGS = (
@@ -54,13 +54,19 @@ def sentences(lang: str, split: str) -> tuple[tuple[str, ...], ...]:
     return tuple(document for document in documents if document)
 
 
+def grade_code(code: str, text: str) -> float:
+    """1 if `code` is the only 5-digit number in `text`; else 0."""
+    return float(set(re.findall(r"(?<!\d)\d{5}(?!\d)", text, re.ASCII)) == {code})
+
+
 class Needle(Task):
     """One of several codes to find in real text.
 
     length: tokens of the user's text (haystack and question) by `count`, at level 0; level k asks for length * 2**k.
     count: text -> number of tokens. keys: (fewest, most) different codes in a text, at least 5; fewer where a short
-    text has no room for the most. languages: of the haystack, drawn evenly.
-    shortest: training lengths are uniform in [shortest * length, length]. tests: how many test items.
+    text has no room for the most. fewest: training texts hold from so many on, few more often than many: of two codes
+    one is found sooner than of eight. languages: of the haystack, drawn evenly. shortest: training lengths lie in
+    [shortest * length, length], as many between 300 and 400 as between 600 and 800. tests: how many test items.
     turns: the most codes a training text is asked for, one after the other; the length holds all questions. every:
     share of the training texts that are asked for all their codes at once, in any order: the densest lesson.
     """
@@ -77,6 +83,7 @@ class Needle(Task):
         tests: int = 100,
         turns: int = 1,
         every: float = 0.0,
+        fewest: int | None = None,
     ):
         self.turns, self.every = turns, every
         self.length, self.count, self.keys, self.shortest, self.tests = length, count, tuple(keys), shortest, tests
@@ -84,6 +91,9 @@ class Needle(Task):
         check_languages("needle", self.languages)
         if not 5 <= self.keys[0] <= self.keys[1] <= len(KEYS):
             raise PunaError(f"needle: keys {self.keys} must be (fewest, most) with fewest at least 5")
+        self.fewest = self.keys[0] if fewest is None else fewest
+        if not 1 <= self.fewest <= self.keys[1]:
+            raise PunaError(f"needle: fewest must be 1 to {self.keys[1]}, the most codes of a text, not {fewest}")
         if turns < 1 or not 0 <= every <= 1:
             raise PunaError(f"needle: turns must be at least 1 and every in 0..1, got {turns} and {every}")
         if not 0 < shortest <= 1 or tests < 1 or not self.languages:
@@ -104,15 +114,17 @@ class Needle(Task):
         check(self.name, index, split, level, LEVELS, self.size(split))
         rand = rng(self.name, split, seed, index, level)
         longest = self.length * 2**level
-        length = longest if split == "test" else rand.randint(round(self.shortest * longest), longest)
+        length = longest if split == "test" else log_even(rand, round(self.shortest * longest), longest)
         lang = rand.choice(self.languages)
-        most = max(self.keys[0], min(self.keys[1], length // self._sentence - 3))  # leave room for text
-        keys = rand.sample(KEYS, rand.randint(self.keys[0], most))
+        listed = split == "train" and rand.random() < self.every
+        said = 2 if listed else 1  # times that every code is written
+        most = max(self.keys[0], min(self.keys[1], length // self._sentence // said - 3))  # leave room for text
+        number = rand.randint(self.keys[0], most) if split == "test" else log_even(rand, self.fewest, most)
+        keys = rand.sample(KEYS, number)
         depth = (index + rand.random()) / self.tests if split == "test" else rand.random()
         depths = [depth, *(rand.random() for _ in keys[1:])]
         values: list[int] = []
         asked = 1 if split == "test" else rand.randint(1, self.turns)
-        listed = split == "train" and rand.random() < self.every
         questions = [QUESTION_ALL] if listed else [QUESTION.format(key=key) for key in keys[:asked]]
         later = sum(self._cost(question) + self._sentence + TURN for question in questions[1:])
         later += (len(keys) - 1) * self._sentence if listed else 0  # the other sentences of the answer
@@ -146,7 +158,7 @@ class Needle(Task):
 
     def grade(self, item: Item, text: str) -> float:
         """1 if the only 5-digit number in `text` is the asked code; else 0."""
-        return float(set(re.findall(r"(?<!\d)\d{5}(?!\d)", text, re.ASCII)) == {item.answer})
+        return grade_code(item.answer, text)
 
     def chance(self, items: Iterable[Item]) -> float:
         """Naming one of the codes in the text blindly: the mean of 1 / (number of codes)."""

@@ -218,7 +218,8 @@ def scene_concepts() -> tuple[str, ...]:
 class Scene(PictureRef):
     """3 to 6 objects, each 10-40 % of the side long, on a square canvas, overlapping by less than 5 % of the smaller.
 
-    fewest, most: other numbers make lessons in which a thing is found before several are told apart.
+    fewest, most, smallest, largest: other numbers and lengths (shares of the side) make easier lessons, in which a
+    thing is found before several are told apart, and large ones before small ones.
     split decides the backgrounds (`backgrounds.TRAIN` or `backgrounds.TEST`) and, with seed, everything else.
     """
 
@@ -227,6 +228,8 @@ class Scene(PictureRef):
     side: int = SCENE_SIDE
     fewest: int = 3
     most: int = 6
+    smallest: float = 0.1
+    largest: float = 0.4
     kind: ClassVar[str] = "scene"
 
     def __post_init__(self):
@@ -234,6 +237,8 @@ class Scene(PictureRef):
             raise PunaError(f"unknown scene split {self.split!r}; choose 'train' or 'test'")
         if not 1 <= self.fewest <= self.most <= 6:
             raise PunaError(f"a scene has 1 to 6 objects, not {self.fewest} to {self.most}")
+        if not 0.05 <= self.smallest <= self.largest <= 1:
+            raise PunaError(f"objects of a scene are 0.05 to 1 of its side long, not {self.smallest} to {self.largest}")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -269,14 +274,14 @@ def layout(scene: Scene) -> tuple[tuple[Placed, Image.Image], ...]:
     for concept in rand.sample(scene_concepts(), rand.randint(scene.fewest, scene.most)):
         style = rand.choice(styles(concept))
         cut_out = _cut_out(concept, style)
-        longest = rand.uniform(0.1, 0.4) * scene.side
+        longest = rand.uniform(scene.smallest, scene.largest) * scene.side
         while True:
             drawn = _scaled(cut_out, longest)
             spot = _free_spot(rand, concept, style, drawn, scene.side, [other for other, _ in placed])
             if spot is not None:
                 placed.append((spot, drawn))
                 break
-            longest = max(0.1 * scene.side, longest * 0.8)  # crowded: try smaller
+            longest = max(min(0.1, scene.smallest) * scene.side, longest * 0.8)  # crowded: try smaller
     return tuple(placed)
 
 

@@ -15,6 +15,12 @@ def rng(*key) -> random.Random:
     return random.Random("\x1f".join(map(str, key)))
 
 
+def log_even(rand: random.Random, least: int, most: int) -> int:
+    """A whole number from `least` (at least 1) to `most`, evenly on a log scale: small ones more often than large."""
+    low, high = least - 0.5, most + 0.5
+    return min(most, max(least, round(low * (high / low) ** rand.random())))
+
+
 def shuffle_order(key: Sequence, n: int) -> list[int]:
     """A permutation of range(n) that depends on `key` alone."""
     order = list(range(n))
