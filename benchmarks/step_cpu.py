@@ -53,7 +53,7 @@ def measure(recipe: str, stage: str, steps: int, cache: Path, without: str) -> N
     """Trains, and prints the median step's seconds."""
     leave_out(without)
     from puna import recipes
-    from puna.data import Batches, Mixture, build
+    from puna.data import Batches, build
     from puna.model import Llama4
     from puna.stages import make_processor
     from puna.stages.common import fit_model
@@ -66,7 +66,7 @@ def measure(recipe: str, stage: str, steps: int, cache: Path, without: str) -> N
     processor = make_processor(run.tokenizer, run.model.vision, cache / "tokenizer", run.seed)
     config = fit_model(run.model, processor)
     sources = build(data, processor, config.chunk, cache / "data")
-    mixture = Mixture(data.weights, {name: len(rows) for name, rows in sources.items()}, data.seed)
+    mixture = data.mixture({name: len(rows) for name, rows in sources.items()}, steps, part.train.rows)
     batches = Batches(sources, mixture, processor, part.train.rows, steps=steps, seed=data.seed)
     settings = dataclasses.replace(part.train, steps=steps, checkpoint_every=10 * steps)
     with tempfile.TemporaryDirectory() as folder:

@@ -157,6 +157,9 @@ def test_settings_and_seed_reach_the_recipe_and_json_comes_back(puna, tmp_path):
     changed = json.loads(text)
     assert changed["sft"]["train"]["lr"] == 1e-4 != plain["sft"]["train"]["lr"]
     assert changed["pretrain"]["data"] == plain["pretrain"]["data"] | {"weights": {"code": 2.0}, "options": {}}
+    phase = '[{"after": 0.5, "weights": {"text/en": 1}}]'
+    text = puna("recipe", "show", "tiny.py", "--sft.data.then", phase)[1]
+    assert json.loads(text)["sft"]["data"]["then"] == [{"after": 0.5, "weights": {"text/en": 1.0}}]
     (tmp_path / "back.json").write_text(text)
     assert puna("recipe", "show", "back.json")[1] == text
     for broken in ("{", "[]", '{"a": 1}'):

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puna.data import DataConfig, Phase
 from puna.data.mixture import BLOCK, Mixture, quotas
 from puna.errors import PunaError
 
@@ -109,3 +110,57 @@ def test_fewer_rows_than_a_batch():
     mixture.check_batch(7)
     with pytest.raises(PunaError, match="7 packed rows, fewer than one batch of 8"):
         mixture.check_batch(8)
+
+
+# ---- phases
+
+
+def test_a_phase_changes_the_shares_and_rereads_nothing():
+    sizes = {"a": 5000, "b": 5000, "c": 90}
+    first = 1500
+    mixture = Mixture({"a": 3, "b": 1}, sizes, seed=4, then=[(first, {"b": 1, "c": 1}), (4000, {"a": 1})])
+    placed = [mixture.locate(i) for i in range(5000)]
+    assert placed[:first] == [Mixture({"a": 3, "b": 1}, sizes, seed=4).locate(i) for i in range(first)]
+    names = [name for name, _ in placed]
+    assert Counter(names[first : first + BLOCK]) == {"b": 512, "c": 512}
+    assert set(names[4000:]) == {"a"} and set(names[:first]) == {"a", "b"}
+    for name in ("a", "b"):
+        rows = [row for n, row in placed if n == name]
+        assert len(set(rows)) == len(rows), "a row was read again before its pass was over"
+    rows = [row for n, row in placed if n == "c"]
+    assert sorted(rows[:90]) == list(range(90)) == sorted(rows[90:180]), "passes go on as ever"
+    for rows in (0, 1, first, first + 1, 3999, 4000, 5000):
+        assert mixture.counts(rows) == {n: names[:rows].count(n) for n in "abc"}
+
+
+def test_phases_are_pure_functions_and_part_of_the_fingerprint():
+    sizes, then = {"a": 50, "b": 60}, [(7, {"b": 1})]
+    one, two = (Mixture({"a": 1, "b": 1}, sizes, 1, then) for _ in range(2))
+    assert [one.locate(i) for i in range(100)] == [two.locate(i) for i in reversed(range(100))][::-1]
+    assert one.fingerprint() == two.fingerprint() != Mixture({"a": 1, "b": 1}, sizes, 1).fingerprint()
+    assert one.fingerprint() != Mixture({"a": 1, "b": 1}, sizes, 1, [(8, {"b": 1})]).fingerprint()
+
+
+def test_phases_out_of_order_or_wrong():
+    sizes = {"a": 50, "b": 60}
+    for then in ([(0, {"a": 1})], [(9, {"a": 1}), (9, {"b": 1})]):
+        with pytest.raises(ValueError, match="each must begin after the one before"):
+            Mixture({"a": 1}, sizes, 0, then)
+    with pytest.raises(PunaError, match="unknown data source 'x'"):
+        Mixture({"a": 1}, sizes, 0, [(5, {"x": 1})])
+
+
+def test_a_stage_s_phases_begin_with_whole_steps():
+    config = DataConfig(64, {"a": 1.0}, then=(Phase(0.25, {"b": 1.0}), Phase(0.9, {"a": 1.0, "b": 0})))
+    assert config.used == ("a", "b")
+    mixture = config.mixture({"a": 500, "b": 500}, steps=10, rows=4)
+    names = [mixture.locate(i)[0] for i in range(40)]
+    assert names == ["a"] * 8 + ["b"] * 28 + ["a"] * 4
+    with pytest.raises(PunaError, match="3 phases do not fit into 2 steps"):
+        config.mixture({"a": 500, "b": 500}, steps=2, rows=4)
+    for wrong in ((0.0,), (1.0,), (0.5, 0.5), (0.6, 0.2)):
+        with pytest.raises(PunaError, match="rising shares between 0 and 1"):
+            DataConfig(64, {"a": 1.0}, then=tuple(Phase(after, {"b": 1.0}) for after in wrong))
+    with pytest.raises(PunaError, match="options for data source 'c'"):
+        DataConfig(64, {"a": 1.0}, options={"c": {}}, then=(Phase(0.5, {"b": 1.0}),))
+    assert DataConfig(64, {"a": 1.0}, options={"b": {}}, then=(Phase(0.5, {"b": 1.0}),)).options == {"b": {}}

@@ -46,8 +46,8 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[tuple[str, str]]]
 def apply(values: dict, overrides: list[tuple[str, str]]) -> dict:
     """Sets each override in `values`, which is changed and returned.
 
-    Where a whole mixture is given (`--data.weights '{"file:mine.jsonl": 1}'`), the settings of sources that are no
-    longer in it go with them, unless they were given too.
+    Where a whole mixture is given (`--data.weights '{"file:mine.jsonl": 1}'`), later phases (`then`) and the settings
+    of sources that are no longer in it go with the old one, unless they were given too.
     """
     paths = [path for path, _ in overrides]
     for path, text in overrides:
@@ -55,11 +55,13 @@ def apply(values: dict, overrides: list[tuple[str, str]]) -> dict:
             raise PunaError(f"setting --{path} needs a value")
         override(values, path, text)
         branch, _, last = path.rpartition(".")
-        if last == "weights" and not any(other.startswith(f"{branch}.options") for other in paths):
+        if last == "weights":
             data = values
             for part in branch.split("."):
                 data = data[part]
-            if isinstance(data["weights"], dict):
+            if f"{branch}.then" not in paths:
+                data["then"] = []
+            if isinstance(data["weights"], dict) and not any(o.startswith(f"{branch}.options") for o in paths):
                 data["options"] = {k: v for k, v in data["options"].items() if k in data["weights"]}
     return values
 

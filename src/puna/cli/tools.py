@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 from puna.cli import show
@@ -127,17 +127,23 @@ def data_show(args) -> None:
 
 
 def _show_mixture(recipe: str) -> None:
-    from puna.data.mixture import BLOCK, quotas
+    from puna.data import DataConfig
 
     values, one_stage, _ = read(recipe)
     parts = {k: v for k, v in values.items() if isinstance(v, dict) and "data" in v and "train" in v}
     for name, part in ({values["stage"]: values} if one_stage else parts).items():
-        rows, length = part["train"]["steps"] * part["train"]["rows"], part["data"]["seq_len"]
-        print(f"{name}: {rows:,} rows of {length} tokens")
-        shares = quotas({k: v for k, v in part["data"]["weights"].items() if v > 0})
-        show.table(("source", "share of rows", "rows"),
-                   [(k, f"{100 * v / BLOCK:.1f} %", rows * v // BLOCK) for k, v in shares.items()])  # fmt: skip
-        print()
+        data, steps, rows = build(DataConfig, part["data"], "data."), part["train"]["steps"], part["train"]["rows"]
+        mixture = data.mixture(dict.fromkeys(data.used, rows * steps), steps, rows)
+        begins = [0, *(round(phase.after * steps) for phase in data.then), steps]
+        for first, last in pairwise(begins):
+            when = f"steps {first:,} to {last:,}, " if data.then else ""
+            total = (last - first) * rows
+            print(f"{name}: {when}{total:,} rows of {data.seq_len} tokens")
+            before, after = mixture.counts(first * rows), mixture.counts(last * rows)
+            given = {source: after[source] - before[source] for source in mixture.names}
+            show.table(("source", "share of rows", "rows"),
+                       [(k, f"{100 * v / total:.1f} %", v) for k, v in given.items() if v])  # fmt: skip
+            print()
 
 
 def _show_source(name: str, split: str, samples: int) -> None:

@@ -12,6 +12,6 @@ from puna.data.batches import Batch, Batches
 from puna.data.mixture import Mixture
 from puna.data.order import permutation
 from puna.data.packing import PackedRows, pack
-from puna.data.sources import DataConfig, build
+from puna.data.sources import DataConfig, Phase, build
 
-__all__ = ["Batch", "Batches", "DataConfig", "Mixture", "PackedRows", "build", "pack", "permutation"]
+__all__ = ["Batch", "Batches", "DataConfig", "Mixture", "PackedRows", "Phase", "build", "pack", "permutation"]

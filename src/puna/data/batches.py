@@ -178,12 +178,6 @@ class Batches:
             pictures = [varied(picture, derive("look", self.seed, index, i)) for i, picture in enumerate(pictures)]
         return self.processor.tiles(pictures) if pictures else None
 
-    def token_share(self) -> dict[str, float]:
-        """Each source's share of the tokens (padding not counted) that training reads in the long run."""
-        mean = {name: self.sources[name].token_count / len(self.sources[name]) for name in self.mixture.names}
-        tokens = {name: self.mixture.quotas[name] * mean[name] for name in self.mixture.names}
-        return {name: count / sum(tokens.values()) for name, count in tokens.items()}
-
     def show(self, steps: int) -> str:
         """The mixture's tree for so many steps, tokens included."""
         tokens = {name: self.sources[name].token_count for name in self.mixture.names}

@@ -11,6 +11,9 @@ permutation(seed_s, n_s, k // n_s)[k mod n_s]. So each row of a source is seen o
 a run at batch B reads global rows [sB, (s+1)B), and neither ranks nor batch size nor history change what a global
 index means.
 
+Weights may change on the way: a *phase* begins at a global row with quotas of its own, and running rows go on counting,
+so that what one phase has read no later one reads before its pass is over.
+
 Source: levanter's block-deterministic mixtures (training.md §B7). Shares are of *rows*; shares of tokens follow from
 how full rows are.
 """
@@ -18,8 +21,10 @@ how full rows are.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from bisect import bisect
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -41,18 +46,14 @@ def quotas(weights: Mapping[str, float], block: int = BLOCK) -> dict[str, int]:
     return result
 
 
-class Mixture:
-    """Which source and row each global row index reads.
+class _Phase:
+    """One set of weights, in force from global row `first` on; `before`: rows of each source read until then."""
 
-    weights: source -> share of rows (any positive scale; 0 leaves a source out). sizes: source -> number of rows it
-    has. PunaError: a weight that isn't a finite number >= 0, weights that sum to 0, a source that isn't in `sizes`, an
-    empty one, or a share so small that it would never be read (under one row in 1,024).
-    """
-
-    def __init__(self, weights: Mapping[str, float], sizes: Mapping[str, int], seed: int = 0):
+    def __init__(self, first: int, weights: Mapping[str, float], sizes: Mapping[str, int], seed: int, before: Mapping):
         for name, weight in weights.items():
             if not (math.isfinite(weight) and weight >= 0):
                 raise PunaError(f"data source {name!r} has weight {weight}; weights are finite numbers >= 0")
+        self.first, self.before = first, dict(before)
         self.weights = {name: float(weights[name]) for name in sorted(weights) if weights[name] > 0}
         if not self.weights:
             raise PunaError("the weights of the data sources sum to 0; give at least one source a positive weight")
@@ -61,8 +62,6 @@ class Mixture:
                 raise PunaError(f"unknown data source {name!r}; there are: {', '.join(sorted(sizes)) or 'none'}")
             if sizes[name] < 1:
                 raise PunaError(f"data source {name!r} is empty; give it data or weight 0")
-        self.sizes = {name: int(sizes[name]) for name in self.weights}
-        self.seed = seed
         self.quotas = quotas(self.weights)
         for name, quota in self.quotas.items():
             if quota == 0:
@@ -71,7 +70,6 @@ class Mixture:
                 )
         self.names = tuple(self.weights)
         self._owner_J = np.repeat(np.arange(len(self.names)), [self.quotas[name] for name in self.names])
-        self._seeds = {name: derive("source", seed, name) for name in self.names}
         self._block_seed = derive("block", seed)
         self._layout = lru_cache(maxsize=64)(self._block_layout)
 
@@ -84,6 +82,54 @@ class Mixture:
             mine = owner_J == source
             rank_J[mine] = np.arange(mine.sum())
         return owner_J, rank_J
+
+    def running(self, index: int) -> tuple[str, int]:
+        """(source, how many of its rows come before) of a global row of this phase."""
+        block, place = divmod(index - self.first, BLOCK)
+        owner_J, rank_J = self._layout(block)
+        name = self.names[owner_J[place]]
+        return name, self.before.get(name, 0) + block * self.quotas[name] + int(rank_J[place])
+
+    def counts(self, rows: int) -> dict[str, int]:
+        """How many of all global rows up to this phase's first `rows` each source provides."""
+        blocks, rest = divmod(rows, BLOCK)
+        owner_J = self._layout(blocks)[0][:rest]
+        result = dict(self.before)
+        for i, name in enumerate(self.names):
+            result[name] = result.get(name, 0) + blocks * self.quotas[name] + int((owner_J == i).sum())
+        return result
+
+
+class Mixture:
+    """Which source and row each global row index reads.
+
+    weights: source -> share of rows (any positive scale; 0 leaves a source out). sizes: source -> number of rows it
+    has. then: (first global row, weights) of later phases, in order; a source goes on where the phase before left it.
+    PunaError: a weight that isn't a finite number >= 0, weights that sum to 0, a source that isn't in `sizes`, an empty
+    one, or a share so small that it would never be read (under one row in 1,024). ValueError: phases out of order.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        sizes: Mapping[str, int],
+        seed: int = 0,
+        then: Sequence[tuple[int, Mapping[str, float]]] = (),
+    ):
+        self._first = [0, *(first for first, _ in then)]
+        if any(a >= b for a, b in pairwise(self._first)):
+            raise ValueError(f"phases begin at rows {self._first}; each must begin after the one before")
+        self._phases = [_Phase(0, weights, sizes, seed, {})]
+        for first, later in then:
+            last = self._phases[-1]
+            self._phases.append(_Phase(first, later, sizes, seed, last.counts(first - last.first)))
+        self.names = tuple(sorted({name for phase in self._phases for name in phase.names}))
+        self.sizes = {name: int(sizes[name]) for name in self.names}
+        self.seed = seed
+        self._seeds = {name: derive("source", seed, name) for name in self.names}
+
+    def _phase(self, index: int) -> _Phase:
+        return self._phases[bisect(self._first, index) - 1]
 
     def locate(self, index: int) -> tuple[str, int]:
         """(source, row in that source) of global row `index` >= 0."""
@@ -99,16 +145,13 @@ class Mixture:
         in."""
         if index < 0:
             raise ValueError(f"row index {index} is negative")
-        block, place = divmod(index, BLOCK)
-        owner_J, rank_J = self._layout(block)
-        name = self.names[owner_J[place]]
-        return name, block * self.quotas[name] + int(rank_J[place])
+        return self._phase(index).running(index)
 
     def counts(self, rows: int) -> dict[str, int]:
         """How many of the first `rows` global rows each source provides."""
-        blocks, rest = divmod(rows, BLOCK)
-        owner_J = self._layout(blocks)[0][:rest]
-        return {name: blocks * self.quotas[name] + int((owner_J == i).sum()) for i, name in enumerate(self.names)}
+        phase = self._phase(max(rows - 1, 0))
+        counts = phase.counts(rows - phase.first)
+        return {name: counts.get(name, 0) for name in self.names}
 
     def check_batch(self, batch_rows: int) -> None:
         """PunaError when all sources together hold fewer rows than one batch reads: every batch would repeat itself."""
@@ -122,7 +165,8 @@ class Mixture:
     def fingerprint(self) -> str:
         """sha256 of all that decides the order: block size, seed, weights, sizes. Equal fingerprints read equal
         rows."""
-        state = {"block": BLOCK, "seed": self.seed, "weights": self.weights, "sizes": self.sizes}
+        phases = [(phase.first, phase.weights) for phase in self._phases]
+        state = {"block": BLOCK, "seed": self.seed, "phases": phases, "sizes": self.sizes}
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
     def show(self, rows: int, tokens: Mapping[str, int] | None = None) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
 from inspect import signature
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import numpy as np
 
 from puna import nursery, tasks
 from puna.data import files, shards
+from puna.data.mixture import Mixture
 from puna.data.order import derive, permutation
 from puna.data.packing import PackedRows, pack
 from puna.errors import PunaError
@@ -40,29 +41,55 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Other weights from a share of the stage's steps on: Phase(0.5, {...}) holds for the second half."""
+
+    after: float
+    weights: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What a stage trains on.
 
     seq_len: tokens a row, a multiple of the attention chunk or shorter. weights: source -> share of the rows. seed: of
     the tasks' items, the choice of documents and the order of rows. options: source -> settings of that source:
     `max_chars` (text, code, long, file: no more than so many characters, whole documents chosen by the seed), `items`
-    (captions, sft: how many), `level` (sft), and the task's own settings.
+    (captions, sft: how many), `level` (sft), and the task's own settings. then: later phases, in order.
     """
 
     seq_len: int
     weights: Mapping[str, float]
     seed: int = 0
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    then: tuple[Phase, ...] = ()
 
     def __post_init__(self):
+        named = {name for weights in self._all for name in weights}
         for name in self.options:
-            if name not in self.weights:
-                raise PunaError(f"options for data source {name!r}, which has no weight{_nearest(name, self.weights)}")
+            if name not in named:
+                raise PunaError(f"options for data source {name!r}, which has no weight{_nearest(name, sorted(named))}")
+        times = [0.0, *(phase.after for phase in self.then), 1.0]
+        if any(a >= b for a, b in pairwise(times)):
+            raise PunaError(f"data.then: phases begin after rising shares between 0 and 1, not {times[1:-1]}")
+
+    @property
+    def _all(self) -> tuple[Mapping[str, float], ...]:
+        return (self.weights, *(phase.weights for phase in self.then))
 
     @property
     def used(self) -> tuple[str, ...]:
-        """Sources with a positive weight, in order of name."""
-        return tuple(name for name in sorted(self.weights) if self.weights[name] > 0)
+        """Sources that have a positive weight in any phase, in order of name."""
+        return tuple(sorted({name for weights in self._all for name in weights if weights[name] > 0}))
+
+    def mixture(self, sizes: Mapping[str, int], steps: int, rows: int) -> Mixture:
+        """Which rows `steps` steps of `rows` rows read; phases begin with whole steps. PunaError as Mixture's, and for
+        a phase that the few steps leave no place."""
+        begins = [round(phase.after * steps) for phase in self.then]
+        if any(a >= b for a, b in pairwise([0, *begins, steps])):
+            raise PunaError(f"data.then: {len(begins) + 1} phases do not fit into {steps} steps")
+        then = [(begin * rows, phase.weights) for begin, phase in zip(begins, self.then, strict=True)]
+        return Mixture(self.weights, sizes, self.seed, then)
 
 
 def names() -> list[str]:

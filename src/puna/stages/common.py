@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from puna import convert
-from puna.data import Batches, Mixture, build
+from puna.data import Batches, build
 from puna.errors import PunaError
 from puna.eval import bpb_evaluation
 from puna.fields import to_dict
@@ -56,7 +56,7 @@ def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Pat
     if run.data.seq_len > model.config.max_context:
         raise PunaError(f"data.seq_len {run.data.seq_len} exceeds the model's max_context {model.config.max_context}")
     sources = build(run.data, processor, model.config.chunk, folder / "data", progress)
-    mixture = Mixture(run.data.weights, {name: len(rows) for name, rows in sources.items()}, run.data.seed)
+    mixture = run.data.mixture({name: len(rows) for name, rows in sources.items()}, run.train.steps, run.train.rows)
     batches = Batches(sources, mixture, processor, run.train.rows, steps=run.train.steps, seed=run.data.seed)
     evaluations = ()
     if validation:
