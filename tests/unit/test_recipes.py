@@ -30,10 +30,12 @@ def test_every_recipe_is_a_whole_run_for_every_duration(name, minutes):
     assert run.minutes == (60 if minutes is not None and minutes > 27 else 12), "the table nearest in proportion"
     assert build(RunConfig, json.loads(json.dumps(to_dict(run)))) == run
     for stage, part in stages(run).items():
-        weights, train = part.data.weights, part.train
-        assert 0.97 <= sum(weights.values()) <= 1.03, (stage, sum(weights.values()))
-        assert set(weights) <= set(names()) and all(weight > 0 for weight in weights.values()), stage
-        assert min(quotas(weights).values()) >= 1, f"a source of {stage} would never be read"
+        train = part.train
+        for weights in (part.data.weights, *(phase.weights for phase in part.data.then)):
+            assert 0.97 <= sum(weights.values()) <= 1.03, (stage, sum(weights.values()))
+            assert set(weights) <= set(names()) and all(weight > 0 for weight in weights.values()), stage
+            assert min(quotas(weights).values()) >= 1, f"a source of {stage} would never be read"
+        part.data.mixture(dict.fromkeys(part.data.used, 1000), train.steps, train.rows)
         assert part.data.seq_len <= run.model.max_context
         assert part.data.seq_len % run.model.chunk == 0 or part.data.seq_len < run.model.chunk
         assert 0 < train.warmup < train.steps and train.checkpoint_every <= train.steps

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from puna.data import DataConfig
+from puna.data import DataConfig, Phase
 from puna.eval import EvalConfig
 from puna.model import preset
 from puna.nursery import LANGUAGES
@@ -40,9 +40,12 @@ def _mix(others: float, **shares: float) -> dict[str, float]:
     return named | {f"text/{lang}": others * need / sum(NEED.values()) for lang, need in NEED.items()}
 
 
-def _stage(seq_len: int, seed: int, weights: dict[str, float], options: dict, **train) -> StageConfig:
-    chosen = {name: values for name, values in options.items() if name in weights}
-    return StageConfig(DataConfig(seq_len, weights, seed, chosen), TrainConfig(heap_mb=HEAP_MB, **train))
+def _stage(
+    seq_len: int, seed: int, weights: dict[str, float], options: dict, then: tuple[Phase, ...] = (), **train
+) -> StageConfig:
+    named = set(weights).union(*(phase.weights for phase in then))
+    chosen = {name: values for name, values in options.items() if name in named}
+    return StageConfig(DataConfig(seq_len, weights, seed, chosen, then), TrainConfig(heap_mb=HEAP_MB, **train))
 
 
 OPTIONS = {
@@ -81,8 +84,9 @@ def _twelve() -> tuple[StageConfig, StageConfig, StageConfig]:
 
 def _sixty() -> tuple[StageConfig, StageConfig, StageConfig]:
     # An hour also learns to look codes up in long texts and to point. Look-ups come in lessons (tasks/recall.py): one
-    # code among few in the first stage; many, then in texts, in the second, half of which is nothing else. Pointing
-    # goes from one large thing and its place in words to boxes of six (tasks/grounding.py). Numbers: docs/LOG.md.
+    # code among few in the first stage; many, then in texts, in the second, half of which is nothing else (mixed with
+    # all the rest they take several times as long). Pointing goes from one large thing and its place in words to boxes
+    # of six (tasks/grounding.py). Numbers: docs/LOG.md.
     options = OPTIONS | {
         "captions": {"items": 60000, "languages": _english(0.85)},
         "sft/naming": {"items": 30000, "languages": _english(0.6)},
@@ -98,22 +102,23 @@ def _sixty() -> tuple[StageConfig, StageConfig, StageConfig]:
         steps=1600, rows=2, warmup=300, decay=0.1, floor=0.3, checkpoint_every=400, eval_every=800, **LOOK,
     )  # fmt: skip
     midtrain = _stage(
-        1024, 1,
-        {"sft/recall": 0.34, "sft/needle": 0.34, "long/en": 0.14, "long/code": 0.05, "sft/addition": 0.03,
-         "captions": 0.06, "scenes": 0.04},
+        1024, 1, {"sft/recall": 1.0},
         options | {"captions": {"items": 16000, "languages": _english(0.85)},
                    "scenes": {"items": 3000, "lessons": {"one": 1.0, "few": 1.0, "wide": 2.0}, "words": 0.5},
                    "sft/recall": {"items": 8000, "fewest": 2, "most": 8},
                    "sft/needle": {"items": 2200, "keys": [5, 10], "fewest": 2, "shortest": 0.3, "turns": 6,
                                   "every": 0.9}},
-        steps=4400, rows=1, warmup=15, decay=0.1, floor=0.5, checkpoint_every=400, eval_every=1400, **GROW,
+        then=(Phase(0.12, {"sft/recall": 0.35, "sft/needle": 0.65}),
+              Phase(0.58, {"sft/recall": 0.12, "sft/needle": 0.28, "long/en": 0.26, "long/code": 0.09,
+                           "sft/addition": 0.06, "captions": 0.12, "scenes": 0.07})),
+        steps=3900, rows=1, warmup=15, decay=0.1, floor=0.5, checkpoint_every=400, eval_every=1300, **GROW,
     )  # fmt: skip
     sft = _stage(
         1024, 2,
         _mix(0.06, sft_naming=0.14, sft_addition=0.10, text_en=0.12, code=0.05, captions=0.06, scenes=0.09,
              sft_grounding=0.15, sft_needle=0.14, sft_recall=0.05, sft_facts=0.02, sft_conversations=0.02),
         options | {"scenes": {"items": 12000, "lessons": {"few": 1.0, "wide": 2.0, "all": 3.0}, "words": 0.2}},
-        steps=2900, rows=2, warmup=15, decay=0.4, floor=0.02, checkpoint_every=300, eval_every=1000, **GROW,
+        steps=2550, rows=2, warmup=15, decay=0.4, floor=0.02, checkpoint_every=300, eval_every=900, **GROW,
     )  # fmt: skip
     return pretrain, midtrain, sft
 
