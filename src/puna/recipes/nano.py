@@ -96,9 +96,8 @@ def _sixty() -> tuple[StageConfig, StageConfig, StageConfig]:
         "sft/needle": {"items": 2000, "shortest": 0.3, "turns": 6, "every": 0.6},
     }
     pretrain = _stage(
-        512, 0, _mix(0.02, captions=0.45, scenes=0.25, sft_recall=0.16, text_en=0.08, code=0.02, sft_addition=0.02),
-        options | {"scenes": {"items": 25000, "lessons": {"one": 2.0, "smaller": 2.0, "few": 1.0}, "words": 0.5},
-                   "sft/recall": {"items": 4000, "most": 3}},
+        512, 0, _mix(0.02, captions=0.74, sft_recall=0.14, text_en=0.06, code=0.02, sft_addition=0.02),
+        options | {"sft/recall": {"items": 4000, "most": 3}},
         steps=1600, rows=2, warmup=300, decay=0.1, floor=0.3, checkpoint_every=400, eval_every=800, **LOOK,
     )  # fmt: skip
     midtrain = _stage(
@@ -110,15 +109,15 @@ def _sixty() -> tuple[StageConfig, StageConfig, StageConfig]:
                                   "every": 0.9}},
         then=(Phase(0.12, {"sft/recall": 0.35, "sft/needle": 0.65}),
               Phase(0.58, {"sft/recall": 0.12, "sft/needle": 0.28, "long/en": 0.26, "long/code": 0.09,
-                           "sft/addition": 0.06, "captions": 0.12, "scenes": 0.07})),
+                           "sft/addition": 0.06, "captions": 0.16, "scenes": 0.03})),
         steps=3900, rows=1, warmup=15, decay=0.1, floor=0.5, checkpoint_every=400, eval_every=1300, **GROW,
     )  # fmt: skip
     sft = _stage(
         1024, 2,
-        _mix(0.06, sft_naming=0.14, sft_addition=0.10, text_en=0.12, code=0.05, captions=0.06, scenes=0.09,
-             sft_grounding=0.15, sft_needle=0.14, sft_recall=0.05, sft_facts=0.02, sft_conversations=0.02),
+        _mix(0.06, sft_naming=0.18, sft_addition=0.10, text_en=0.14, code=0.05, captions=0.10, scenes=0.06,
+             sft_grounding=0.08, sft_needle=0.13, sft_recall=0.04, sft_facts=0.02, sft_conversations=0.02),
         options | {"scenes": {"items": 12000, "lessons": {"few": 1.0, "wide": 2.0, "all": 3.0}, "words": 0.2}},
-        steps=2550, rows=2, warmup=15, decay=0.4, floor=0.02, checkpoint_every=300, eval_every=900, **GROW,
+        steps=3200, rows=2, warmup=15, decay=0.4, floor=0.02, checkpoint_every=300, eval_every=1100, **GROW,
     )  # fmt: skip
     return pretrain, midtrain, sft
 
