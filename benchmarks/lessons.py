@@ -7,7 +7,7 @@ moves first is the cross-entropy of the one token that depends on the skill, giv
 
     recall/K/first, /rest   first digit of a code among K in one chunk; mean of the other four     ln 10 = 2.30 blind
     needle/L/first, /rest   the same in L tokens of held-out text, 5 to 8 codes                     2.30
-    needle/L/all            share of codes whose five digits are all the most likely                0
+    recall/K/all, needle/L/all   share of codes whose five digits are all the most likely          0
     caption/name            first token of the name behind a picture                                ln(names) ~ 5
     scenes/LESSON/name      first token of a thing's name in a scene; not known which comes first   ln(names) ~ 5
     scenes/LESSON/row, /column   the words of its place, the name given                             ln 3 = 1.10

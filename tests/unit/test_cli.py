@@ -160,6 +160,11 @@ def test_settings_and_seed_reach_the_recipe_and_json_comes_back(puna, tmp_path):
     phase = '[{"after": 0.5, "weights": {"text/en": 1}}]'
     text = puna("recipe", "show", "tiny.py", "--sft.data.then", phase)[1]
     assert json.loads(text)["sft"]["data"]["then"] == [{"after": 0.5, "weights": {"text/en": 1.0}}]
+    given = ("--sft.data.weights", '{"code": 1}', "--sft.data.then", '[{"after": 0.5, "weights": {"sft/addition": 1}}]')
+    options = plain["sft"]["data"]["options"]
+    kept = json.loads(puna("recipe", "show", "tiny.py", *given)[1])["sft"]["data"]
+    assert kept["options"] == options and "sft/addition" in options, "a later phase reads it"
+    assert len(kept["then"]) == 1, "phases that were given stay"
     (tmp_path / "back.json").write_text(text)
     assert puna("recipe", "show", "back.json")[1] == text
     for broken in ("{", "[]", '{"a": 1}'):

@@ -268,6 +268,8 @@ def test_scenes_mix_their_lessons_by_weight():
         Scene(0, fewest=4, most=3)
     with pytest.raises(PunaError, match="0.05 to 1 of its side long, not 0.5 to 0.4"):
         Scene(0, smallest=0.5)
+    with pytest.raises(PunaError, match="at most 0.45 of its side long, not 0.9"):
+        Scene(0, largest=0.9)
 
 
 def test_scenes_say_places_in_words():

@@ -55,14 +55,22 @@ def apply(values: dict, overrides: list[tuple[str, str]]) -> dict:
             raise PunaError(f"setting --{path} needs a value")
         override(values, path, text)
         branch, _, last = path.rpartition(".")
-        if last == "weights":
-            data = values
-            for part in branch.split("."):
-                data = data[part]
-            if f"{branch}.then" not in paths:
-                data["then"] = []
-            if isinstance(data["weights"], dict) and not any(o.startswith(f"{branch}.options") for o in paths):
-                data["options"] = {k: v for k, v in data["options"].items() if k in data["weights"]}
+        if last == "weights" and f"{branch}.then" not in paths:
+            _at(values, branch)["then"] = []
+    for path in paths:
+        branch, _, last = path.rpartition(".")
+        if last == "weights" and not any(other.startswith(f"{branch}.options") for other in paths):
+            data = _at(values, branch)
+            phases = [data["weights"], *(phase["weights"] for phase in data["then"] if "weights" in phase)]
+            if all(isinstance(weights, dict) for weights in phases):
+                data["options"] = {k: v for k, v in data["options"].items() if any(k in w for w in phases)}
+    return values
+
+
+def _at(values: dict, branch: str) -> dict:
+    """The nested settings under a path that `override` has accepted."""
+    for part in branch.split("."):
+        values = values[part]
     return values
 
 

@@ -134,8 +134,7 @@ def _show_mixture(recipe: str) -> None:
     for name, part in ({values["stage"]: values} if one_stage else parts).items():
         data, steps, rows = build(DataConfig, part["data"], "data."), part["train"]["steps"], part["train"]["rows"]
         mixture = data.mixture(dict.fromkeys(data.used, rows * steps), steps, rows)
-        begins = [0, *(round(phase.after * steps) for phase in data.then), steps]
-        for first, last in pairwise(begins):
+        for first, last in pairwise([*data.begins(steps), steps]):
             when = f"steps {first:,} to {last:,}, " if data.then else ""
             total = (last - first) * rows
             print(f"{name}: {when}{total:,} rows of {data.seq_len} tokens")

@@ -82,13 +82,17 @@ class DataConfig:
         """Sources that have a positive weight in any phase, in order of name."""
         return tuple(sorted({name for weights in self._all for name in weights if weights[name] > 0}))
 
+    def begins(self, steps: int) -> list[int]:
+        """The first step of every phase of a stage of `steps` steps."""
+        return [0, *(round(phase.after * steps) for phase in self.then)]
+
     def mixture(self, sizes: Mapping[str, int], steps: int, rows: int) -> Mixture:
         """Which rows `steps` steps of `rows` rows read; phases begin with whole steps. PunaError as Mixture's, and for
         a phase that the few steps leave no place."""
-        begins = [round(phase.after * steps) for phase in self.then]
-        if any(a >= b for a, b in pairwise([0, *begins, steps])):
-            raise PunaError(f"data.then: {len(begins) + 1} phases do not fit into {steps} steps")
-        then = [(begin * rows, phase.weights) for begin, phase in zip(begins, self.then, strict=True)]
+        begins = self.begins(steps)
+        if any(a >= b for a, b in pairwise([*begins, steps])):
+            raise PunaError(f"data.then: {len(begins)} phases do not fit into {steps} steps")
+        then = [(begin * rows, phase.weights) for begin, phase in zip(begins[1:], self.then, strict=True)]
         return Mixture(self.weights, sizes, self.seed, then)
 
 

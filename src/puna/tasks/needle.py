@@ -59,6 +59,14 @@ def grade_code(code: str, text: str) -> float:
     return float(set(re.findall(r"(?<!\d)\d{5}(?!\d)", text, re.ASCII)) == {code})
 
 
+def chance_of_codes(items: Iterable[Item]) -> float:
+    """Naming one of an item's codes blindly: the mean of 1 / (number of codes). PunaError on no items."""
+    shares = [1 / item.meta["keys"] for item in items]
+    if not shares:
+        raise PunaError("a chance level needs at least one item")
+    return sum(shares) / len(shares)
+
+
 class Needle(Task):
     """One of several codes to find in real text.
 
@@ -161,11 +169,8 @@ class Needle(Task):
         return grade_code(item.answer, text)
 
     def chance(self, items: Iterable[Item]) -> float:
-        """Naming one of the codes in the text blindly: the mean of 1 / (number of codes)."""
-        shares = [1 / item.meta["keys"] for item in items]
-        if not shares:
-            raise PunaError("a chance level needs at least one item")
-        return sum(shares) / len(shares)
+        """Naming one of the codes in the text blindly."""
+        return chance_of_codes(items)
 
     def _cost(self, piece: str) -> int:
         """Tokens of a piece with the space after it; remembered, since pieces come again."""

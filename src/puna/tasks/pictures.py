@@ -239,6 +239,8 @@ class Scene(PictureRef):
             raise PunaError(f"a scene has 1 to 6 objects, not {self.fewest} to {self.most}")
         if not 0.05 <= self.smallest <= self.largest <= 1:
             raise PunaError(f"objects of a scene are 0.05 to 1 of its side long, not {self.smallest} to {self.largest}")
+        if self.most > 1 and self.largest > 0.45:  # larger ones could leave no room for the next
+            raise PunaError(f"several objects of a scene are at most 0.45 of its side long, not {self.largest}")
 
     @property
     def size(self) -> tuple[int, int]:

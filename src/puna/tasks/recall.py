@@ -1,4 +1,4 @@
-"""Say again what was just said: a few codes, then all of them in another order.
+"""Say again what was just said: a few codes, then all of them in any order.
 
 The smallest lesson of looking something up, and the first of three (docs/LOG.md has the numbers): the code of one
 thing, then of several that must be told apart, both within one attention chunk, where a look-up spans a hundred
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 from puna.errors import PunaError
 from puna.tasks.base import Item, Task, assistant, check, user
-from puna.tasks.needle import KEYS, QUESTION, QUESTION_ALL, SENTENCE, grade_code
+from puna.tasks.needle import KEYS, QUESTION, QUESTION_ALL, SENTENCE, chance_of_codes, grade_code
 from puna.tasks.seeding import log_even, rng
 
 
@@ -62,8 +62,5 @@ class Recall(Task):
         return grade_code(item.answer, text)
 
     def chance(self, items: Iterable[Item]) -> float:
-        """Naming one of the listed codes blindly: the mean of 1 / (number of codes). PunaError on no items."""
-        shares = [1 / item.meta["keys"] for item in items]
-        if not shares:
-            raise PunaError("a chance level needs at least one item")
-        return sum(shares) / len(shares)
+        """Naming one of the listed codes blindly."""
+        return chance_of_codes(items)
