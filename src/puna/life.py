@@ -26,13 +26,13 @@ from puna.data import Batch
 from puna.errors import PunaError
 from puna.eval import record, report, suite
 from puna.fields import build, differences, to_dict
+from puna.lock import lock
 from puna.model import Llama4
 from puna.optim import build_adamw
 from puna.processor.files import write_atomic
 from puna.stages import RUN, STAGES, RunConfig, make_processor
 from puna.stages.common import fit_model, is_finished
 from puna.train import memory
-from puna.train.lock import lock
 from puna.train.loop import compute_dtype
 from puna.train.step import train_step
 from puna.train.terms import NextToken

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import warnings
 
 import pytest
@@ -207,11 +208,11 @@ def test_what_is_no_model(tmp_path, run):
     fails(tmp_path / "empty", "holds no model")
     (tmp_path / "file").write_text("x")
     fails(tmp_path / "file", "is a file")
-    for name in ("params.json", "consolidated.00.pth"):
+    for name, match in (("params.json", "consolidated.00.pth"), ("consolidated.00.pth", "params.json is missing")):
         meta = tmp_path / f"meta-{name}"
         meta.mkdir()
         (meta / name).write_text("{}")
-        fails(meta, "Meta.*Hugging Face")
+        fails(meta, match)
     folder, _ = run
     for stage in ("pretrain", "midtrain"):
         (folder / stage).rename(tmp_path / stage)
@@ -229,14 +230,10 @@ def test_hugging_face_folder_is_recognised(tmp_path):
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    import puna.convert.huggingface as huggingface
-    import puna.convert.puna as own
-
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    for module in (huggingface, own):
-        monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(os, "pwrite", full)
     model = strong_model(TEXT_ONLY["scout"])
     for write in (lambda: export_hf(model, None, tmp_path / "hf"), lambda: save(model, None, tmp_path / "puna")):
         with pytest.raises(PunaError, match="No space left"):

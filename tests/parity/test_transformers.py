@@ -348,9 +348,9 @@ def test_dtype_and_device(folder):
 
 def test_tensors_are_copied_in_slices(exported, monkeypatch):
     """Tensors larger than a slice arrive whole (here every tensor is cut into rows)."""
-    from puna.convert import tensors
+    from puna.convert import layout
 
-    monkeypatch.setattr(tensors, "SLICE_BYTES", 600)
+    monkeypatch.setattr(layout, "SLICE_BYTES", 600)
     loaded = dict(load_hf(exported[1])[0].named_parameters())
     assert all(torch.equal(p, loaded[name]) for name, p in exported[0].named_parameters())
 

@@ -14,7 +14,7 @@ from PIL import Image
 from puna.cli.main import main
 from puna.cli.settings import split_overrides
 from puna.errors import PunaError
-from puna.train.lock import lock
+from puna.lock import lock
 
 TINY = '''
 from puna.data import DataConfig
@@ -106,7 +106,9 @@ def test_a_wrong_command_line_is_exit_2_with_the_nearest_word(puna, words, neare
         (["generate", "nowhere", "hello"], "no model at nowhere"),
         (["generate", "nowhere", "hello", "--image", "no.png"], "no.png"),
         (["serve", "nowhere", "--port", "0"], "no model at nowhere"),
-        (["convert", "nowhere", "there", "--to", "meta"], "--to hf"),
+        (["convert", "nowhere", "there", "--to", "meta"], "no model at nowhere"),
+        (["convert", "nowhere", "there", "--to", "hf", "--fp8"], "--fp8 is for --to meta"),
+        (["convert", "nowhere", "there", "--to", "puna", "--shards", "2"], "--shards is for --to meta"),
         (["convert", "nowhere", "there", "--to", "hf"], "no model at nowhere"),
         (["convert", "nowhere", ".", "--to", "hf"], "exists already"),
         (["report", "nowhere"], "no run nowhere"),
@@ -357,7 +359,7 @@ def test_one_process_holds_a_run(tmp_path):
 
 def test_a_killed_process_frees_its_run(tmp_path):
     program = (
-        "import sys, time; from puna.train.lock import lock\n"
+        "import sys, time; from puna.lock import lock\n"
         "with lock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", program, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
@@ -380,4 +382,4 @@ def test_a_killed_process_frees_its_run(tmp_path):
 def test_a_command_on_a_held_run_is_an_error(puna, quick):
     with lock("runs/tiny"):
         code, _, err = puna("pretrain", "tiny.py")
-    assert code == 1 and "being trained by process" in err
+    assert code == 1 and "in use by process" in err

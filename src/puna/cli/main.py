@@ -61,6 +61,13 @@ def port(text: str) -> int:
     return number
 
 
+def count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("it must be at least 1")
+    return number
+
+
 def build_parser() -> Parser:
     """All commands. Each names the function that does it as 'module:function' of this package."""
     top = Parser(prog="puna", description="The whole life of a Llama 4, from real data to a chat page that sees.",
@@ -100,9 +107,12 @@ def build_parser() -> Parser:
     p.add_argument("--open", action="store_true", help="open the page in a browser")
 
     p = command("convert", "tools:convert", "write a model in another format")
-    p.add_argument("source", metavar="SRC", help="a run, stage, checkpoint or Hugging Face folder")
+    p.add_argument("source", metavar="SRC", help="a run, stage, checkpoint, Hugging Face or Meta folder")
     p.add_argument("target", metavar="DST", help="the folder to write")
     p.add_argument("--to", required=True, choices=("puna", "hf", "meta"), help="the format")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights (default: as they are)")
+    p.add_argument("--shards", type=count, metavar="N", help="--to meta: files, one a tensor-parallel rank (default 8)")
+    p.add_argument("--fp8", action="store_true", help="--to meta: routed experts in fp8, as in Meta's Maverick FP8")
     p = command("report", "tools:report", "show a run's results")
     p.add_argument("folder", metavar="RUN", help="a run's folder or its name in runs/")
 
@@ -145,7 +155,7 @@ def _recipe(p: Parser) -> None:
 
 
 def _model(p: Parser) -> None:
-    p.add_argument("model", metavar="MODEL", help="a run, stage, checkpoint or Hugging Face folder")
+    p.add_argument("model", metavar="MODEL", help="a run, stage, checkpoint, Hugging Face or Meta folder")
 
 
 def _sampling(p: Parser) -> None:

@@ -17,22 +17,37 @@ SHOWN = 400  # characters of a sample
 
 
 def convert(args) -> None:
-    """Writes a model in another format."""
-    from puna.convert import export_hf, load
-    from puna.convert.puna import save
+    """Writes a model in another format, parameter by parameter; an interrupted one goes on."""
+    import torch
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    if args.to == "meta":
-        raise PunaError("puna doesn't write Meta's own format yet: use --to hf, which transformers and vLLM read")
+    from puna.convert.folder import write_folder
+    from puna.convert.huggingface import HuggingFaceFormat
+    from puna.convert.load import identity, open_model
+    from puna.convert.meta import MetaFormat
+    from puna.convert.puna import CheckpointFormat
+
+    for option, given in (("--shards", args.shards is not None), ("--fp8", args.fp8)):
+        if given and args.to != "meta":
+            raise PunaError(f"{option} is for --to meta alone")
     target = Path(args.target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):  # said before a long load, not after it
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):  # said before a long check, not after it
         raise PunaError(f"{target} exists already: remove it or choose another name")
-    model, processor = load(args.source)
-    if args.to == "hf":
-        export_hf(model, processor, target)
-    else:
-        save(model, processor, target)
-    print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters"
-          + ("" if processor else ", without a tokenizer"))  # fmt: skip
+    store, processor = open_model(args.source)
+    form = {
+        "hf": lambda: HuggingFaceFormat(processor),
+        "puna": lambda: CheckpointFormat(processor),
+        "meta": lambda: MetaFormat(processor, 8 if args.shards is None else args.shards, args.fp8),
+    }[args.to]()
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("")
+        write_folder(
+            store, form, target, getattr(torch, args.dtype) if args.dtype else None, identity(store),
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    count = sum(shape.numel() for shape in store.shapes().values())
+    print(f"{target}: {count:,} parameters" + ("" if processor else ", without a tokenizer"))
 
 
 def report(args) -> None:

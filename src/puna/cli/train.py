@@ -29,9 +29,9 @@ def raise_(args) -> None:
 def stage(args) -> None:
     """Trains one stage in runs/NAME/<stage>, or goes on with it; a finished one is only shown."""
     from puna import nursery
+    from puna.lock import lock
     from puna.stages import RUN
     from puna.stages.common import fit_model, is_finished
-    from puna.train.lock import lock
 
     name = args.command
     run, init = stage_config(args, name)

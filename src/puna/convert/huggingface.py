@@ -18,21 +18,20 @@ name is complete.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
+from puna.convert.folder import write_folder
 from puna.convert.hf_config import config_from_hf, config_to_hf, is_multimodal
-from puna.convert.tensors import TensorFolder, allocate, names, read_json
+from puna.convert.layout import SLICE_BYTES, FileStore, ModelStore, Piece, check
+from puna.convert.stored import WEIGHTS, Stored, plan_safetensors
+from puna.convert.tensors import fill, folder_table, parameter_shapes, read_json
 from puna.errors import PunaError
 from puna.model import Llama4
 from puna.model.config import ModelConfig
@@ -83,8 +82,12 @@ IGNORED = re.compile(r"rotary_emb(edding)?\.(inv_freq|freqs_ci)$")  # tables, re
 SHARD_BYTES = 5 * 10**9
 
 
-def stored_parts(name: str, config: ModelConfig, multimodal: bool) -> list[tuple[str, int | None]]:
-    """The stored tensors of one parameter, in order, each with its number of rows (None: all of them, there is one)."""
+def pieces(config: ModelConfig, multimodal: bool) -> dict[str, list[Piece]]:
+    """Which stored tensors hold each parameter, and where. All are in file 0: names are unique in a folder."""
+    return {name: _pieces(name, shape, config, multimodal) for name, shape in parameter_shapes(config).items()}
+
+
+def _pieces(name: str, shape: tuple[int, ...], config: ModelConfig, multimodal: bool) -> list[Piece]:
     row = re.sub(r"(?<=layers\.)\d+", "N", name)
     number = re.search(r"layers\.(\d+)", name)
     if row in VISION:
@@ -94,21 +97,14 @@ def stored_parts(name: str, config: ModelConfig, multimodal: bool) -> list[tuple
     stored = [prefix + (part.replace("N", number.group(1), 1) if number else part) for part in parts]
     if len(stored) == 3:
         rows = [h * config.head_dim for h in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
-    elif len(stored) == 2:
-        rows = [config.expert_width if ".moe." in name else config.dense_width] * 2
     else:
-        rows = [None]
-    return list(zip(stored, rows, strict=True))
-
-
-def pieces(model: Llama4, multimodal: bool) -> Iterator[tuple[str, Tensor]]:
-    """(stored name, the view of the model's parameter that holds it) for all of a checkpoint's tensors."""
-    for name, parameter in model.named_parameters():
-        start = 0
-        for stored, rows in stored_parts(name, model.config, multimodal):
-            stop = parameter.shape[0] if rows is None else start + rows
-            yield stored, parameter.detach()[start:stop]
-            start = stop
+        rows = [shape[0] // len(stored)] * len(stored)
+    found, start = [], 0
+    for key, count in zip(stored, rows, strict=True):
+        part = (count, *shape[1:])
+        found.append(Piece((0, key), part, part, 0, (slice(start, start + count), *map(slice, shape[1:]))))
+        start += count
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------- load
@@ -124,48 +120,45 @@ def load_hf(
     Errors: PunaError naming the missing, extra or misshapen tensor, the corrupt file, or the unsupported configuration
     key.
     """
-    folder = Path(folder)
+    store, processor = open_hf(Path(folder))
+    return fill(store, dtype, device), processor
+
+
+def open_hf(folder: Path) -> tuple[FileStore, Processor | None]:
+    """The folder's parameters, checked for names, types and shapes but not yet read. Errors: as `load_hf`."""
     raw = read_json(folder / "config.json")
     config = config_from_hf(raw)
     multimodal = is_multimodal(raw)
-    with TensorFolder(folder) as files:
-        dtype = dtype or _dtype(raw) or files.dtype(min(files.file_of))
-        model = allocate(config, dtype, device)
-        places = dict(pieces(model, multimodal))
-        head = ("language_model." if multimodal else "") + "lm_head.weight"
-        _check(files, places, {head} if config.tie_embeddings else set())
-        with torch.no_grad():
-            for stored, target in places.items():
-                files.copy_into(stored, target)
-            if (
-                config.tie_embeddings
-                and head in files.file_of
-                and not torch.equal(files.read(head).to(model.head_weight), model.head_weight)
-            ):
-                raise PunaError(
-                    f"{head} differs from the embeddings, but config.json ties them: set tie_word_embeddings to false"
-                )
-    return model, load_hf_processor(folder, config)
-
-
-def _check(files: TensorFolder, places: dict[str, Tensor], allowed: set[str]) -> None:
-    """Names, types and shapes, before any data is read."""
-    missing = places.keys() - files.file_of.keys()
-    if missing:
-        raise PunaError(
-            f"{files.folder} lacks tensor {names(missing)}: an incomplete download, or another model's config.json"
-        )
-    extra = {name for name in files.file_of.keys() - places.keys() - allowed if not IGNORED.search(name)}
-    if extra:
-        raise PunaError(
-            f"{files.folder} holds tensor {names(extra)}, which config.json's model has not: one of the two is wrong"
-        )
-    for name, target in places.items():
-        files.dtype(name)
-        if files.shape(name) != tuple(target.shape):
+    store = HuggingFaceStore(config, pieces(config, multimodal), folder_table(folder), _dtype(raw))
+    head = ("language_model." if multimodal else "") + "lm_head.weight"
+    allowed = {head} if config.tie_embeddings else set()
+    check(store, str(folder), lambda name: name in allowed or bool(IGNORED.search(name)), WEIGHTS)
+    if config.tie_embeddings and (0, head) in store.table:
+        embedding = store.table[store.pieces["tok_embeddings.weight"][0].key]
+        if not _same(store.table[0, head], embedding):
             raise PunaError(
-                f"tensor {name} has shape {list(files.shape(name))}, config.json asks for {list(target.shape)}"
+                f"{head} differs from the embeddings, but config.json ties them: set tie_word_embeddings to false"
             )
+    return store, load_hf_processor(folder, config)
+
+
+class HuggingFaceStore(FileStore):
+    """A folder whose config.json may say another number type than the files: the configuration's is the model's."""
+
+    def __init__(self, config: ModelConfig, pieces: dict[str, list[Piece]], table: dict, dtype: torch.dtype | None):
+        super().__init__(config, pieces, table)
+        self.said = dtype
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.said or super().dtype(name)
+
+
+def _same(a: Stored, b: Stored) -> bool:
+    step = max(1, SLICE_BYTES // a.row_size)
+    return a.shape == b.shape and all(
+        torch.equal(a.read(i, min(i + step, a.shape[0])), b.read(i, min(i + step, a.shape[0])).to(a.dtype))
+        for i in range(0, a.shape[0], step)
+    )
 
 
 def _dtype(raw: dict) -> torch.dtype | None:
@@ -231,57 +224,57 @@ def export_hf(
     Parameters are stored in their own dtype.  processor None: weights and configuration only.  Returns the folder.
     Errors: PunaError if the folder exists and is not empty, if tokenizer and model disagree, or if the disk refuses.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PunaError(f"{folder} exists already: remove it or choose another name")
-    config = model.config
-    dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
-    ids = _token_ids(processor, config) if processor is not None else {}
-    files = {"config.json": config_to_hf(config, dtype, ids), "generation_config.json": _generation_config(ids)}
-    if processor is not None:
-        files |= _processor_files(processor, config, ids)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            for name, value in files.items():
-                (work / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            if processor is not None:
-                processor.tokenizer.save(work / "tokenizer.json")
-                (work / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-            _write_shards(model, work, shard_bytes)
-            work.chmod(0o755)  # mkdtemp makes private folders
-            work.replace(folder)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-    except (OSError, SafetensorError) as error:  # the latter is how save_file reports a full disk
-        raise PunaError(
-            f"can't write {folder}: {getattr(error, 'strerror', None) or error}; check the disk's space and rights"
-        ) from error
-    return folder
+    return write_folder(ModelStore(model), HuggingFaceFormat(processor, shard_bytes), folder)
 
 
-def _write_shards(model: Llama4, folder: Path, shard_bytes: int) -> None:
-    shards: list[list[str]] = [[]]
-    sizes = {name: view.numel() * view.element_size() for name, view in pieces(model, model.config.vision is not None)}
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    views = dict(pieces(model, model.config.vision is not None))
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: views[name].cpu().clone() for name in shard}, folder / file, metadata={"format": "pt"})
-        with open(folder / file, "rb+") as handle:
-            os.fsync(handle.fileno())
-        weight_map |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+@dataclass(frozen=True)
+class HuggingFaceFormat:
+    """What `write_folder` needs to know of a folder of Hugging Face's."""
+
+    hashed: ClassVar[bool] = False
+    processor: Processor | None = field(repr=False)
+    shard_bytes: int = SHARD_BYTES
+
+    def plan(self, config: ModelConfig, dtypes: dict[str, torch.dtype], folder: Path) -> FileStore:
+        """Lays the files out, in shards of at most `shard_bytes` (one tensor at least)."""
+        self._configuration(config, dtypes)  # said before the weights are written, not after
+        layout = pieces(config, config.vision is not None)
+        stored = {p.key[1]: (dtypes[name], p.shape) for name, parts in layout.items() for p in parts}
+        sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in stored.items()}
+        shards: list[list[str]] = [[]]
+        filled = 0
+        for name, size in sizes.items():
+            if shards[-1] and filled + size > self.shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += size
+        table, weight_map = {}, {}
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            table |= plan_safetensors(folder / file, {name: stored[name] for name in shard})
+            weight_map |= dict.fromkeys(shard, file)
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(folder / "model.safetensors.index.json", index)
+        return FileStore(config, layout, {(0, name): place for name, place in table.items()})
+
+    def finish(self, config: ModelConfig, dtypes: dict[str, torch.dtype], hashes: dict[str, str], folder: Path) -> None:
+        """Everything but weights."""
+        if self.processor is not None:
+            self.processor.tokenizer.save(folder / "tokenizer.json")
+            (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        for name, value in self._configuration(config, dtypes).items():
+            _write_json(folder / name, value)
+
+    def _configuration(self, config: ModelConfig, dtypes: dict[str, torch.dtype]) -> dict[str, dict]:
+        dtype = str(dtypes["tok_embeddings.weight"]).removeprefix("torch.")
+        ids = _token_ids(self.processor, config) if self.processor is not None else {}
+        files = {"config.json": config_to_hf(config, dtype, ids), "generation_config.json": _generation_config(ids)}
+        return files | (_processor_files(self.processor, config, ids) if self.processor is not None else {})
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _token_ids(processor: Processor, config: ModelConfig) -> dict[str, Any]:

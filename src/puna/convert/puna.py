@@ -18,23 +18,23 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from puna.convert.tensors import TensorFolder, allocate, names, read_json
+from puna.convert.folder import write_folder
+from puna.convert.layout import FileStore, ModelStore, Piece, check, whole
+from puna.convert.stored import WEIGHTS, plan_safetensors
+from puna.convert.tensors import fill, folder_table, parameter_shapes, read_json
 from puna.errors import PunaError
 from puna.fields import build
 from puna.model import Llama4
 from puna.model.config import ModelConfig
 from puna.processor import Processor
-from puna.processor.files import sync_folder
 
 FORMAT = 1
 MODEL_FILE = "model.safetensors"
@@ -68,37 +68,33 @@ def save(model: Llama4, processor: Processor | None, folder: str | os.PathLike, 
 
     Errors: PunaError if the folder exists and is not empty, or if the disk refuses.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PunaError(f"{folder} exists already: remove it or choose another name")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            record = {
-                "format": FORMAT,
-                "config": {"model": model.config.to_dict()},
-                "step": step,
-                "finished": True,
-            } | run
-            record["hashes"] = write_model(model, work)
-            if processor is not None:
-                processor.save(work)
-            with open(work / RUN_FILE, "w", encoding="utf-8") as handle:
-                handle.write(json.dumps(record, indent=2) + "\n")
-                handle.flush()
-                os.fsync(handle.fileno())
-            work.chmod(0o755)  # mkdtemp makes private folders
-            work.replace(folder)
-            sync_folder(folder.parent)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-    except (OSError, SafetensorError) as error:  # the latter is how save_file reports a full disk
-        raise PunaError(
-            f"can't write {folder}: {getattr(error, 'strerror', None) or error}; check the disk's space and rights"
-        ) from error
-    return folder
+    return write_folder(ModelStore(model), CheckpointFormat(processor, step, run), folder)
+
+
+@dataclass(frozen=True)
+class CheckpointFormat:
+    """What `write_folder` needs to know of a checkpoint of ours."""
+
+    hashed: ClassVar[bool] = True
+    processor: Processor | None = field(repr=False)
+    step: int = 0
+    run: dict = field(default_factory=dict)
+
+    def plan(self, config: ModelConfig, dtypes: dict[str, torch.dtype], folder: Path) -> FileStore:
+        shapes = parameter_shapes(config)
+        table = plan_safetensors(folder / MODEL_FILE, {name: (dtypes[name], shape) for name, shape in shapes.items()})
+        return FileStore(config, _pieces(shapes), {(0, name): stored for name, stored in table.items()})
+
+    def finish(self, config: ModelConfig, dtypes: dict[str, torch.dtype], hashes: dict[str, str], folder: Path) -> None:
+        record = {"format": FORMAT, "config": {"model": config.to_dict()}, "step": self.step, "finished": True}
+        if self.processor is not None:
+            self.processor.save(folder)
+        text = json.dumps(record | self.run | {"hashes": hashes}, indent=2)
+        (folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _pieces(shapes: dict[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
+    return {name: [whole((0, name), shape)] for name, shape in shapes.items()}
 
 
 def read_run(folder: Path) -> dict:
@@ -129,41 +125,47 @@ def load_checkpoint(
 
     Errors: CorruptCheckpoint (a PunaError) naming the tensor or file that is missing, misshapen or damaged.
     """
-    run = read_run(folder)
+    store, processor = open_checkpoint(folder)
     try:
-        config = build(ModelConfig, run["config"]["model"])
-    except PunaError as error:
-        raise CorruptCheckpoint(f"{folder / RUN_FILE}: config.model is damaged ({error})") from None
-    try:
-        model = _read_model(folder, config, run["hashes"], dtype, device)
+        return fill(store, dtype, device), processor
     except CorruptCheckpoint:
         raise
     except PunaError as error:
         raise CorruptCheckpoint(str(error)) from None
+
+
+def open_checkpoint(folder: Path) -> tuple[CheckpointStore, Processor | None]:
+    """A checkpoint's parameters, checked for names and shapes but not yet read. Errors: as `load_checkpoint`."""
+    run = read_run(folder)
+    try:
+        config = build(ModelConfig, run["config"]["model"])
+        shapes = parameter_shapes(config)
+    except PunaError as error:
+        raise CorruptCheckpoint(f"{folder / RUN_FILE}: config.model is damaged ({error})") from None
+    try:
+        store = CheckpointStore(folder, config, _pieces(shapes), folder_table(folder), run["hashes"])
+        check(store, str(folder), lambda name: False, WEIGHTS)
+    except PunaError as error:
+        raise CorruptCheckpoint(str(error)) from None
     has_processor = (folder / "tokenizer.json").is_file() and (folder / "processor.json").is_file()
-    return model, Processor.load(folder) if has_processor else None
+    return store, Processor.load(folder) if has_processor else None
 
 
-def _read_model(folder: Path, config: ModelConfig, hashes: dict, dtype: torch.dtype | None, device: Any) -> Llama4:
-    with TensorFolder(folder) as files:
-        model = allocate(config, dtype or files.dtype(min(files.file_of, default="model")), device)
-        places = dict(model.named_parameters())
-        for what, wrong in (
-            ("lacks", places.keys() - files.file_of),
-            ("should not hold", files.file_of.keys() - places),
-        ):
-            if wrong:
-                raise CorruptCheckpoint(f"{folder} {what} tensor {names(wrong)}: take another checkpoint")
-        with torch.no_grad():
-            for name, parameter in places.items():
-                tensor = files.read(name)
-                if tensor.shape != parameter.shape:
-                    raise CorruptCheckpoint(
-                        f"{folder}: tensor {name} has shape {list(tensor.shape)}, not {list(parameter.shape)}"
-                    )
-                if hashes.get(name) != tensor_hash(tensor):
-                    raise CorruptCheckpoint(
-                        f"{folder}: tensor {name} does not match its hash: the file is damaged; take another checkpoint"
-                    )
-                parameter.copy_(tensor)
-    return model
+class CheckpointStore(FileStore):
+    """Verifies a tensor's hash while its rows are read, from the first to the last."""
+
+    def __init__(self, folder: Path, config: ModelConfig, pieces: dict, table: dict, hashes: dict[str, str]):
+        super().__init__(config, pieces, table)
+        self.folder, self.hashes = folder, hashes
+        self.digests: dict[str, Any] = {}
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        rows = super().read(name, start, stop)
+        if start == 0:
+            self.digests[name] = hashlib.sha256()
+        self.digests[name].update(rows.contiguous().flatten().view(torch.uint8).numpy().data)
+        if stop == self.pieces[name][0].shape[0] and self.digests.pop(name).hexdigest() != self.hashes.get(name):
+            raise CorruptCheckpoint(
+                f"{self.folder}: tensor {name} does not match its hash: the file is damaged; take another checkpoint"
+            )
+        return rows

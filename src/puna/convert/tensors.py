@@ -1,119 +1,59 @@
-"""Reading weights tensor by tensor: one folder of safetensors files in, one model filled in place, nothing held twice.
+"""A folder of safetensors as one table, and a model filled from a store in place, nothing held twice.
 
 A 109B model in bfloat16 is 203 GiB; a loader that first builds a dictionary of all tensors, then the model, needs twice
 that.  Here the model is laid out without data (the *meta* device), its parameters are allocated once where they will
-stay, and every stored tensor is copied into its place in slices of at most `SLICE_BYTES`.  safetensors files are
-mapped, not read, and can't run code (no pickle).
+stay, and every stored tensor is read into its place in slices.  safetensors can't run code (no pickle).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
+from puna.convert.layout import FileStore, Key, ModelStore, move
+from puna.convert.stored import Stored, read_safetensors
 from puna.errors import PunaError
 from puna.model import Llama4
 from puna.model.config import ModelConfig
 
-SLICE_BYTES = 256 * 2**20
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+def folder_table(folder: Path) -> dict[Key, Stored]:
+    """The tensors of `model.safetensors`, or of shards with `model.safetensors.index.json`, all in file 0.
 
-class TensorFolder:
-    """The safetensors of a folder as one name -> tensor table: `model.safetensors`, or shards with
-    `model.safetensors.index.json`.
-
-    Use as a context manager.  Errors: PunaError naming the file or tensor for anything absent, truncated or not
-    safetensors.
+    Errors: PunaError naming the file or tensor for anything absent, truncated or not safetensors.
     """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _read_index(index)
+    elif (folder / "model.safetensors").is_file():
+        return {(0, name): stored for name, stored in read_safetensors(folder / "model.safetensors").items()}
+    else:
+        raise PunaError(
+            f"{folder} holds no model.safetensors and no model.safetensors.index.json: is the download complete?"
+        )
+    shards = {file: read_safetensors(folder / file) for file in sorted(set(weight_map.values()))}
+    table = {}
+    for name, file in weight_map.items():
+        if name not in shards[file]:
+            raise PunaError(f"{folder / file} lacks tensor {name}, which the index says is there: copy it again")
+        table[0, name] = shards[file][name]
+    for file, held in shards.items():
+        if extra := [name for name in held if weight_map.get(name) != file]:
+            raise PunaError(f"{folder / file} holds tensor {names(extra)}, which the index has not there")
+    return table
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._open_files: dict[str, object] = {}
-        self._stack = contextlib.ExitStack()
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            self.file_of = self._read_index(index)
-        elif (folder / "model.safetensors").is_file():
-            self.file_of = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
-        else:
-            raise PunaError(
-                f"{folder} holds no model.safetensors and no model.safetensors.index.json: is the download complete?"
-            )
 
-    @staticmethod
-    def _read_index(index: Path) -> dict[str, str]:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise PunaError(f"{index} has no weight_map: fetch the file again")
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise PunaError(
-                    f"{index}: tensor {name} points outside the folder ({file!r}): do not use this checkpoint"
-                )
-        return weight_map
-
-    def _file(self, file: str):
-        if file not in self._open_files:
-            try:
-                handle = safe_open(self.folder / file, framework="pt", device="cpu")
-            except FileNotFoundError:
-                raise PunaError(f"{self.folder / file} is missing: the index names it; copy all shards") from None
-            except (SafetensorError, OSError) as error:
-                raise PunaError(f"{self.folder / file} is corrupt or truncated ({error}): copy it again") from None
-            self._open_files[file] = self._stack.enter_context(handle)
-        return self._open_files[file]
-
-    def _slice(self, name: str):
-        try:
-            return self._file(self.file_of[name]).get_slice(name)
-        except (SafetensorError, KeyError) as error:
-            raise PunaError(
-                f"tensor {name} can't be read from {self.folder / self.file_of[name]} ({error}): copy it again"
-            ) from None
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Stored shape, without reading data."""
-        return tuple(self._slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Stored number type; PunaError if it is none of float64, float32, float16, bfloat16 (quantised weights)."""
-        code = self._slice(name).get_dtype()
-        if code not in DTYPES:
-            raise PunaError(
-                f"tensor {name} is stored as {code}: quantised checkpoints can't be loaded; take the bfloat16 release"
-            )
-        return DTYPES[code]
-
-    def read(self, name: str) -> Tensor:
-        """The whole tensor, on the CPU."""
-        try:
-            return self._file(self.file_of[name]).get_tensor(name)
-        except SafetensorError as error:
-            raise PunaError(f"tensor {name} can't be read ({error}): copy {self.file_of[name]} again") from None
-
-    def copy_into(self, name: str, target: Tensor) -> None:
-        """Copies the stored tensor into `target` (same shape), converting type and device slice by slice."""
-        stored = self._slice(name)
-        rows = max(1, SLICE_BYTES // max(1, target[:1].numel() * 4))
-        for start in range(0, target.shape[0], rows):
-            target[start : start + rows].copy_(stored[start : start + rows])
-
-    def __enter__(self) -> TensorFolder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open_files.clear()
-        self._stack.close()
+def _read_index(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise PunaError(f"{index} has no weight_map: fetch the file again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise PunaError(f"{index}: tensor {name} points outside the folder ({file!r}): do not use this checkpoint")
+    return weight_map
 
 
 def read_json(path: Path) -> dict:
@@ -136,8 +76,19 @@ def names(items: Iterable[str], limit: int = 3) -> str:
     return ", ".join(items[:limit]) + rest
 
 
-def allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device | str | None) -> Llama4:
-    """A model whose parameters have their final type and place but no values yet: fill every one of them."""
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's parameters, in the model's own order."""
     with torch.device("meta"):
-        model = Llama4(config)
-    return model.to(dtype).to_empty(device=torch.device(device) if device is not None else torch.get_default_device())
+        return {name: tuple(p.shape) for name, p in Llama4(config).named_parameters()}
+
+
+def fill(store: FileStore, dtype: torch.dtype | None, device: torch.device | str | None) -> Llama4:
+    """The model of a store: allocated once, then filled.  dtype None: the stored one (of the embeddings)."""
+    with torch.device("meta"):
+        model = Llama4(store.config)
+    model.to(dtype or store.dtype("tok_embeddings.weight"))
+    model.to_empty(device=torch.device(device) if device is not None else torch.get_default_device())
+    target = ModelStore(model)
+    for name, parameter in target.parameters.items():
+        move(store, target, name, tuple(parameter.shape))
+    return model

@@ -1,6 +1,6 @@
-"""One process on one run: an advisory lock on `<run>/.lock`.
+"""One process on one folder: an advisory lock on `<folder>/.lock`.
 
-Two processes that train into the same folder would prune each other's checkpoints. The kernel holds the lock
+Two processes that train into the same run would prune each other's checkpoints. The kernel holds the lock
 (flock(2)) and drops it when the process ends, however it ends, so a killed run never has to be unlocked by hand. The
 file's text, the holder's process id, is only for the message.
 """
@@ -30,7 +30,7 @@ def lock(folder: str | os.PathLike) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(path, "a+", encoding="ascii")  # noqa: SIM115  closed below, after the block
     except OSError as error:
-        raise PunaError(f"cannot use {folder}: {error.strerror or error}; choose another --name or folder") from error
+        raise PunaError(f"cannot use {folder}: {error.strerror or error}; choose another name or folder") from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,7 +38,7 @@ def lock(folder: str | os.PathLike) -> Iterator[Path]:
             handle.seek(0)
             holder = handle.read().strip()
             who = f"process {holder}" if holder else "another process"
-            raise PunaError(f"{folder} is being trained by {who}: let it finish, or choose another --name") from None
+            raise PunaError(f"{folder} is in use by {who}: let it finish, or choose another name") from None
         handle.seek(0)
         handle.truncate()
         with suppress(OSError):  # a full disk: the lock holds all the same
