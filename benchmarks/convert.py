@@ -4,7 +4,7 @@
 
 A folder of Scout's shape (its widths, 16 experts, layers and vocabulary cut so that it has that many GB), bfloat16,
 goes from Hugging Face's layout to Meta's eight files and from there to puna's, each as a command of its own; between
-the conversions the folder is copied with `cp`. Every time includes writing everything to the disk (`sync`), and before each
+the conversions the folder is copied with `cp`. Times include writing everything to the disk (`sync`), and before each
 the page cache is emptied where the machine allows it. Peak memory is the process's largest resident set, Python and
 torch included; torch alone is measured too. Goals (issue "Exact and open"): 60 % of cp's rate; memory at most
 1.2 x (largest tensor + one output shard).
