@@ -176,7 +176,7 @@ def _names(keys: list[Key], limit: int = 3) -> str:
 
 
 def move(source: Store, target: Store, name: str, shape: Shape, seen: Callable[[Tensor], None] | None = None) -> None:
-    """One parameter from one side to the other, in slices; the next is read while this one is written.
+    """One parameter from one side to the other, in slices; the next is read while this one is written and seen.
 
     seen: called with every slice as the target gets it, in order (hashes).
     """
@@ -185,22 +185,19 @@ def move(source: Store, target: Store, name: str, shape: Shape, seen: Callable[[
     step = max(1, SLICE_BYTES // row)
     bounds = [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
     with torch.no_grad():
-        for (start, _), rows in zip(bounds, _ahead(source, name, bounds), strict=True):
-            rows = rows.to(target.dtype(name))
+        if len(bounds) == 1:  # most tensors: no threads, whose heaps would keep memory of their own
+            rows = source.read(name, *bounds[0]).to(target.dtype(name))
+            target.write(name, 0, rows)
             if seen is not None:
                 seen(rows)
-            target.write(name, start, rows)
-
-
-def _ahead(source: Store, name: str, bounds: list[tuple[int, int]]) -> Iterator[Tensor]:
-    """The slices in order, each read while the one before it is in use."""
-    if len(bounds) == 1:  # most tensors: no thread, whose heap would keep memory of its own
-        yield source.read(name, *bounds[0])
-        return
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(source.read, name, *bounds[0])
-        for place in bounds[1:]:
-            rows, ahead = ahead.result(), reader.submit(source.read, name, *place)
-            yield rows
-            del rows
-        yield ahead.result()
+            return
+        with ThreadPoolExecutor(2) as threads:
+            ahead = threads.submit(source.read, name, *bounds[0])
+            for i, (start, _) in enumerate(bounds):
+                rows = ahead.result().to(target.dtype(name))
+                if i + 1 < len(bounds):
+                    ahead = threads.submit(source.read, name, *bounds[i + 1])
+                writing = threads.submit(target.write, name, start, rows)
+                if seen is not None:
+                    seen(rows)
+                writing.result()

@@ -107,8 +107,8 @@ def _sixty() -> tuple[StageConfig, StageConfig, StageConfig]:
                    "sft/recall": {"items": 8000, "fewest": 2, "most": 8},
                    "sft/needle": {"items": 2200, "keys": [5, 10], "fewest": 2, "shortest": 0.3, "turns": 6,
                                   "every": 0.9}},
-        then=(Phase(0.12, {"sft/recall": 0.35, "sft/needle": 0.65}),
-              Phase(0.58, {"sft/recall": 0.12, "sft/needle": 0.28, "long/en": 0.26, "long/code": 0.09,
+        then=(Phase(0.16, {"sft/recall": 0.35, "sft/needle": 0.65}),
+              Phase(0.60, {"sft/recall": 0.12, "sft/needle": 0.28, "long/en": 0.26, "long/code": 0.09,
                            "sft/addition": 0.06, "captions": 0.16, "scenes": 0.03})),
         steps=3900, rows=1, warmup=15, decay=0.1, floor=0.5, checkpoint_every=400, eval_every=1300, **GROW,
     )  # fmt: skip
