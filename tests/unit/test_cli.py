@@ -232,7 +232,11 @@ def test_stages_follow_one_another_or_init(puna, quick, tmp_path):
     assert code == 0 and "sft: finished" in out
     for form in ("puna", "hf"):
         assert puna("convert", "runs/tuned", form, "--to", form)[0] == 0
+    assert puna("convert", "hf", "meta", "--to", "meta", "--shards", "1")[0] == 0
     _same_weights("puna", "hf")
+    _same_weights("hf", "meta")
+    assert puna("convert", "meta", "fp8", "--to", "meta", "--shards", "1", "--fp8", "--dtype", "bfloat16")[0] == 0
+    assert "no tokenizer" not in puna("generate", "fp8", "hello", "--max-tokens", "2")[2]
 
 
 def _same_weights(one, other):

@@ -41,7 +41,7 @@ class Piece:
     view: Shape  # the same numbers with the parameter's rows first: Meta's [E * D, F] is [E, D, F]
     begin: int  # the first row of the view that belongs to this parameter
     block: tuple[slice, ...]  # of the parameter
-    transposed: bool = False  # the stored matrix is the block's transpose (then it is one slice: routers)
+    transposed: bool = False  # the stored matrix is the block's transpose (routers)
     copy: bool = False  # holds what another piece holds already: written, and on reading compared
 
 
@@ -116,7 +116,11 @@ class FileStore:
 
     def write_piece(self, name: str, piece: Piece, first: int, rows: Tensor) -> None:
         stored = _seen(self.table[piece.key], piece)
-        stored.write(0 if piece.transposed else first, rows.T if piece.transposed else rows)
+        if piece.transposed:  # rows are columns there: a small matrix, written whole
+            whole = stored.read()
+            whole.T[first : first + len(rows)] = rows
+            first, rows = 0, whole
+        stored.write(first, rows)
 
 
 def _seen(stored: Stored, piece: Piece) -> Stored:
