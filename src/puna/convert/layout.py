@@ -159,12 +159,12 @@ def check(store: FileStore, holder: str, ignored: Callable[[str], bool], kinds: 
         stored = store.table[key]
         if stored.dtype not in kinds:
             raise PunaError(
-                f"tensor {key[1]} is stored as {CODES.get(stored.dtype, stored.dtype)}: "
+                f"tensor {key[1]} is stored as {CODES.get(stored.dtype, stored.dtype)} in {stored.path}: "
                 "quantised checkpoints can't be loaded; take the bfloat16 release"
             )
         if stored.shape != piece.shape:
             raise PunaError(
-                f"tensor {key[1]} has shape {list(stored.shape)} in {stored.path.name}, "
+                f"tensor {key[1]} has shape {list(stored.shape)} in {stored.path}, "
                 f"the configuration asks for {list(piece.shape)}"
             )
     for name, pieces in store.pieces.items():
