@@ -405,6 +405,7 @@ def test_a_killed_conversion_goes_on(tmp_path, form):
     for die in (17, 20):
         assert run("target", die).returncode == -signal.SIGKILL
         assert not (tmp_path / "target").exists() and (tmp_path / ".target.part").is_dir()
+    (tmp_path / ".target.part" / ".journal.json.new").write_text("{")  # killed while it was written
     done = run("target", 1000)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["moved", str(total - 37)]

@@ -1,10 +1,9 @@
 """A model written into a new folder: complete under its name or not there at all, and not begun again after a kill.
 
 The files are laid out in `.NAME.part` beside the target, parameters are written one after the other, and a journal
-there says which are done; the folder is renamed when everything is on the disk.  A
-killed conversion goes on behind the last parameter of its journal, if source and format are still the same (sizes and
-times of the source's files), else it starts over.  The journal is written only after the files were flushed: a power
-cut can't make it lie.
+there says which are done; the folder is renamed when everything is on the disk.  A killed conversion goes on behind the
+last parameter of its journal, if source, configuration and format are still the same (sizes and times of the source's
+files), else it starts over.  The journal is written only after the files were flushed: a power cut can't make it lie.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from puna.model.config import ModelConfig
 from puna.processor.files import sync_folder
 
 JOURNAL = ".journal.json"
+NEW_JOURNAL = f"{JOURNAL}.new"
 FLUSH_BYTES = 2**28  # written between two journals, at least
 
 Dtypes = dict[str, torch.dtype]
@@ -38,8 +38,6 @@ class Format(Protocol):
     """What a kind of folder is made of."""
 
     hashed: bool  # whether `finish` needs the SHA-256 of every parameter's bytes
-
-    name: str
 
     def plan(self, config: ModelConfig, dtypes: Dtypes, folder: Path) -> FileStore:
         """Lays out the files of the weights, all zero."""
@@ -68,7 +66,8 @@ def write_folder(
             try:
                 _write(source, form, work, dtype, origin, progress)
                 (work / LOCK_FILE).unlink()
-                (work / JOURNAL).unlink(missing_ok=True)
+                for name in (JOURNAL, NEW_JOURNAL):  # the latter: killed between its two names
+                    (work / name).unlink(missing_ok=True)
                 work.replace(folder)
                 sync_folder(folder.parent)
             except BaseException as error:
@@ -86,7 +85,8 @@ def _write(source: Store, form: Format, work: Path, dtype: torch.dtype | None, o
     config, shapes = source.config, parameter_shapes(source.config)
     dtypes = {name: dtype or source.dtype(name) for name in shapes}
     sizes = {name: torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in shapes.items()}
-    begun = {"origin": origin, "format": repr(form), "dtypes": {name: str(kind) for name, kind in dtypes.items()}}
+    kinds = {name: str(kind) for name, kind in dtypes.items()}
+    begun = {"origin": origin, "config": repr(config), "format": repr(form), "dtypes": kinds}
     hashes = _done(work, begun) if origin else {}
     if not hashes:
         for path in work.iterdir():
@@ -132,7 +132,7 @@ def _done(work: Path, begun: dict) -> dict[str, str]:
 def _keep(work: Path, value: dict) -> None:
     """What `value` says is done reaches the disk, then `value` does; more may be written meanwhile."""
     _flush(work)
-    new = work / f"{JOURNAL}.new"
+    new = work / NEW_JOURNAL
     with open(new, "w", encoding="utf-8") as file:
         json.dump(value, file)
         file.flush()
@@ -143,7 +143,7 @@ def _keep(work: Path, value: dict) -> None:
 
 def _flush(work: Path) -> None:
     for path in work.iterdir():
-        if path.name not in (JOURNAL, f"{JOURNAL}.new"):
+        if path.name not in (JOURNAL, NEW_JOURNAL):
             with open(path, "rb+") as handle:
                 os.fsync(handle.fileno())
     sync_folder(work)

@@ -32,9 +32,8 @@ from torch import Tensor
 
 from puna.convert.layout import FileStore, Key, Piece, check, whole
 from puna.convert.stored import WEIGHTS, Stored, plan_pth, read_pth
-from puna.convert.tensors import fill, parameter_shapes, read_json
+from puna.convert.tensors import parameter_shapes, read_json
 from puna.errors import PunaError
-from puna.model import Llama4
 from puna.model.config import ModelConfig, RopeScaling, VisionConfig
 from puna.precision.fp8 import dequantize_rows, quantize_rows
 from puna.processor import Processor
@@ -320,19 +319,11 @@ def is_meta(folder: Path) -> bool:
     return (folder / PARAMS).is_file() or any(folder.glob("consolidated.*.pth"))
 
 
-def load_meta(
-    folder: Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> tuple[Llama4, Processor | None]:
-    """Reads a folder of Meta's; memory is the model and a slice. dtype None: as stored (fp8 experts as bfloat16).
+def open_meta(folder: Path) -> tuple[MetaStore, Processor | None]:
+    """The folder's parameters, checked for names, types and shapes but not yet read (fp8 experts are read as bfloat16).
 
     Errors: PunaError naming the tensor or file that is missing, extra, misshapen, damaged or quantised to int4.
     """
-    store, processor = open_meta(folder)
-    return fill(store, dtype, device), processor
-
-
-def open_meta(folder: Path) -> tuple[MetaStore, Processor | None]:
-    """The folder's parameters, checked for names, types and shapes but not yet read. Errors: as `load_meta`."""
     raw = read_json(folder / PARAMS)
     files = {int(m.group(1)): path for path in folder.iterdir() if (m := SHARD.fullmatch(path.name))}
     if sorted(files) != list(range(len(files))) or not files:

@@ -8,7 +8,6 @@ stay, and every stored tensor is read into its place in slices.  safetensors can
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -42,7 +41,7 @@ def folder_table(folder: Path) -> dict[Key, Stored]:
         table[0, name] = shards[file][name]
     for file, held in shards.items():
         if extra := [name for name in held if weight_map.get(name) != file]:
-            raise PunaError(f"{folder / file} holds tensor {names(extra)}, which the index has not there")
+            raise PunaError(f"{folder / file} holds tensor {extra[0]}, which the index has not there: copy both again")
     return table
 
 
@@ -67,13 +66,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise PunaError(f"{path} holds no JSON object: restore the file")
     return value
-
-
-def names(items: Iterable[str], limit: int = 3) -> str:
-    """'a, b, c and 7 more' for messages of one line."""
-    items = sorted(items)
-    rest = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + rest
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
