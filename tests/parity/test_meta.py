@@ -19,7 +19,7 @@ from puna.convert.folder import write_folder
 from puna.convert.huggingface import HuggingFaceFormat
 from puna.convert.layout import ModelStore
 from puna.convert.load import identity, open_model
-from puna.convert.meta import MetaFormat, params_of
+from puna.convert.meta import MetaFormat, most_shards, params_of
 from puna.convert.puna import CheckpointFormat, save
 from puna.errors import PunaError
 
@@ -313,6 +313,13 @@ def test_what_metas_format_cannot_say(tmp_path, shape, shards, match):
     with pytest.raises(PunaError, match=match):
         write_folder(ModelStore(strong_model(shape)), MetaFormat(None, shards), tmp_path / "meta")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_as_many_files_as_the_model_divides_into(tmp_path):
+    model = strong_model(MAVERICK)
+    folder = write_folder(ModelStore(model), MetaFormat(None), tmp_path / "meta")
+    assert len(list(folder.glob("consolidated.*.pth"))) == most_shards(MAVERICK) == 2
+    assert same(puna.load(folder)[0], model)
 
 
 def test_fp8_folders(tmp_path):

@@ -111,7 +111,7 @@ def build_parser() -> Parser:
     p.add_argument("target", metavar="DST", help="the folder to write")
     p.add_argument("--to", required=True, choices=("puna", "hf", "meta"), help="the format")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights (default: as they are)")
-    p.add_argument("--shards", type=count, metavar="N", help="--to meta: files, one a tensor-parallel rank (default 8)")
+    p.add_argument("--shards", type=count, metavar="N", help="--to meta: files (default: the most that fit, up to 8)")
     p.add_argument("--fp8", action="store_true", help="--to meta: routed experts in fp8, as in Meta's Maverick FP8")
     p = command("report", "tools:report", "show a run's results")
     p.add_argument("folder", metavar="RUN", help="a run's folder or its name in runs/")

@@ -37,7 +37,7 @@ def convert(args) -> None:
     form = {
         "hf": lambda: HuggingFaceFormat(processor),
         "puna": lambda: CheckpointFormat(processor),
-        "meta": lambda: MetaFormat(processor, 8 if args.shards is None else args.shards, args.fp8),
+        "meta": lambda: MetaFormat(processor, args.shards, args.fp8),
     }[args.to]()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:

@@ -95,6 +95,17 @@ def pieces(config: ModelConfig, ranks: int) -> dict[str, list[Piece]]:
     return {name: _pieces(name, shape, config, ranks) for name, shape in parameter_shapes(config).items()}
 
 
+def most_shards(config: ModelConfig) -> int:
+    """The most files, 8 at most as in Meta's folders, that every tensor of the model can be divided among."""
+    for shards in (8, 4, 2):
+        try:
+            pieces(config, shards)
+        except PunaError:
+            continue
+        return shards
+    return 1
+
+
 def _pieces(name: str, shape: tuple[int, ...], config: ModelConfig, ranks: int) -> list[Piece]:
     row = re.sub(r"(?<=layers\.)\d+", "N", name)
     number = re.search(r"layers\.(\d+)", name)
@@ -407,18 +418,20 @@ class MetaStore(FileStore):
 
 @dataclass(frozen=True)
 class MetaFormat:
-    """What `write_folder` needs to know of a folder of Meta's. fp8: routed experts but the first and last layer's."""
+    """What `write_folder` needs to know of a folder of Meta's. shards: files; None: 8 as Meta's, or as many of 4, 2, 1
+    as the model divides into (one rank has whole heads). fp8: routed experts but the first and last layer's."""
 
     hashed: ClassVar[bool] = False
     processor: Processor | None = field(repr=False)
-    shards: int = 8
+    shards: int | None = None
     fp8: bool = False
 
     def plan(self, config: ModelConfig, dtypes: dict[str, torch.dtype], folder: Path) -> MetaStore:
         params_of(config)  # said before the weights are written, not after
-        layout = pieces(config, self.shards)
-        stored: list[dict] = [{} for _ in range(self.shards)]
-        scaled: list[dict] = [{} for _ in range(self.shards)]
+        shards = most_shards(config) if self.shards is None else self.shards
+        layout = pieces(config, shards)
+        stored: list[dict] = [{} for _ in range(shards)]
+        scaled: list[dict] = [{} for _ in range(shards)]
         for name, parts in layout.items():
             for piece in parts:
                 rank, key = piece.key
@@ -427,7 +440,7 @@ class MetaFormat:
                 if small:
                     scaled[rank][_scale_name(key)] = (torch.float32, (piece.view[0], piece.view[2]))
         table, scales = {}, {}
-        for rank in range(self.shards):
+        for rank in range(shards):
             held = plan_pth(folder / f"consolidated.{rank:02d}.pth", stored[rank])
             table |= {(rank, key): place for key, place in held.items()}
             if scaled[rank]:
