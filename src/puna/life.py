@@ -1,6 +1,6 @@
 """`puna raise`: a whole life in miniature, the stages in order, each step named while it runs.
 
-    data check -> tokenizer -> pretrain -> midtrain -> sft -> evaluation -> report.html, report.json
+    data check -> tokenizer -> [vision ->] pretrain -> midtrain -> sft -> evaluation -> report.html, report.json
 
 Every step leaves its result in the run's folder and is skipped when it is already there, so the same command goes on
 after any interruption. `--minutes N` becomes numbers of steps once, before anything else: the recipe's steps times
@@ -30,7 +30,7 @@ from puna.lock import lock
 from puna.model import Llama4
 from puna.optim import build_adamw
 from puna.processor.files import write_atomic
-from puna.stages import RUN, STAGES, RunConfig, make_processor
+from puna.stages import RUN, RunConfig, make_processor
 from puna.stages.common import fit_model, is_finished
 from puna.train import memory
 from puna.train.loop import compute_dtype
@@ -77,7 +77,7 @@ def for_minutes(run: RunConfig, minutes: float, speed: float) -> RunConfig:
         raise PunaError(f"--minutes must be positive and finite, got {minutes}")
     scale = minutes / run.minutes * min(2.0, max(0.5, speed / run.speed))
     changed = {}
-    for name in STAGES:
+    for name in run.stages:
         part = getattr(run, name)
         steps = max(2, round(part.train.steps * scale))
         options = {
@@ -127,26 +127,27 @@ def raise_model(run: RunConfig, folder: Path, minutes: float | None = None, fres
             for path in folder.iterdir():
                 if path.name != ".lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        say("1/7 data: checking the nursery", quiet)
+        say(f"1/{4 + len(run.stages)} data: checking the nursery", quiet)
         nursery.verify()
         run = resolve(run, folder, minutes)
-        if (folder / "report.json").is_file() and all(is_finished(folder, s) for s in STAGES):
+        if (folder / "report.json").is_file() and all(is_finished(folder, s) for s in run.stages):
             return record.read_report(folder)
         begin = time.perf_counter()
-        say("2/7 tokenizer", quiet)
+        last = 4 + len(run.stages)
+        say(f"2/{last} tokenizer", quiet)
         processor = make_processor(run.tokenizer, run.model.vision, folder / "tokenizer", run.seed)
         model, seconds = None, {"tokenizer": time.perf_counter() - begin}
         validation = {lang: nursery.texts(lang, "val")[:1] for lang in nursery.LANGUAGES}
-        for number, name in enumerate(STAGES, 3):
-            say(f"{number}/7 {name}: {getattr(run, name).train.steps} steps", quiet)
+        for number, name in enumerate(run.stages, 3):
+            say(f"{number}/{last} {name}: {getattr(run, name).train.steps} steps", quiet)
             begin = time.perf_counter()
             stage = run.stage(name).with_model(fit_model(run.model, processor))
             model = RUN[name](stage, folder, processor, validation=validation, quiet=quiet)
             seconds[name] = time.perf_counter() - begin
-        say("6/7 evaluation", quiet)
+        say(f"{last - 1}/{last} evaluation", quiet)
         begin = time.perf_counter()
         training_text = {f"text/{lang}": nursery.texts(lang) for lang in nursery.LANGUAGES}
         rows, samples = suite.run(model, processor, run.eval, training_text | {"code": nursery.code()}, quiet=quiet)
         seconds["evaluation"] = time.perf_counter() - begin
-        say("7/7 report", quiet)
+        say(f"{last}/{last} report", quiet)
         return report.write(folder, rows, samples, run, seconds)

@@ -20,6 +20,7 @@ from puna.errors import PunaError
 from puna.fields import nearest
 
 STAGES = {
+    "vision": "train the vision tower alone: which names fit what its tokens see",
     "pretrain": "pre-train: text, code and pictures together",
     "midtrain": "mid-train: the same loss on longer documents",
     "sft": "fine-tune on conversations",

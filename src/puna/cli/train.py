@@ -60,7 +60,7 @@ def stage(args) -> None:
 
 
 def _before(folder: Path, name: str) -> Path | None:
-    """The stage of this run that `name` starts from, finished; None for pretrain."""
+    """The stage of this run that `name` starts from, finished; None for the first."""
     from puna.stages import STAGES
     from puna.stages.common import is_finished
 
@@ -72,7 +72,7 @@ def _before(folder: Path, name: str) -> Path | None:
                     f"{folder / stage} is not finished: let `puna {stage}` run on, or give --init {folder / stage}"
                 )
             return folder / stage
-    if earlier:
+    if name not in ("vision", "pretrain"):
         raise PunaError(f"{name} starts from a model: run `puna {earlier[-1]}` first, or give --init MODEL")
     return None
 

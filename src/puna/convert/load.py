@@ -2,7 +2,7 @@
 
 run.json + model.safetensors   a checkpoint
 step-00000120/ ...             a stage: its newest checkpoint that is not damaged
-pretrain/ midtrain/ sft/       a run: its last finished stage
+[vision/] pretrain/ midtrain/ sft/   a run: its last finished stage
 config.json                    a Hugging Face folder
 params.json, *.pth             a folder of Meta's
 
@@ -30,7 +30,7 @@ from puna.model import Llama4
 from puna.processor import Processor
 
 Found = TypeVar("Found")
-STAGES = ("sft", "midtrain", "pretrain")  # the furthest in a model's life first
+STAGES = ("sft", "midtrain", "pretrain", "vision")  # the furthest in a model's life first
 
 
 def load(

@@ -19,7 +19,7 @@ boxes) always stays as it is.
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,8 @@ class Batch:
 
     tokens_BT, targets_BT: int64 (targets are 0 where not valid). valid_BT: bool. doc_ids_BT: int64, -1 is padding.
     tiles: float32 [N, 3, S, S] in reading order over the batch, or None. tiles_B: how many of them belong to each row.
-    row_sources: each row's source. row_index: each row's global index, as read from the mixture.
+    row_sources: each row's source. row_index: each row's global index, as read from the mixture. extra: what a loss
+    needs besides, tensors [B, T, ...] by name.
     """
 
     tokens_BT: torch.Tensor
@@ -49,6 +50,7 @@ class Batch:
     tiles_B: tuple[int, ...]
     row_sources: tuple[str, ...]
     row_index: tuple[int, ...]
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def sources(self) -> dict[str, int]:
@@ -77,14 +79,16 @@ class Batch:
             tiles = self.tiles[first_tile : first_tile + count] if count else None
             first_tile += count
             tensors = (self.tokens_BT[some], self.targets_BT[some], self.valid_BT[some], self.doc_ids_BT[some])
-            result.append(Batch(*tensors, tiles, self.tiles_B[some], self.row_sources[some], self.row_index[some]))
+            about = (self.tiles_B[some], self.row_sources[some], self.row_index[some])
+            result.append(Batch(*tensors, tiles, *about, {name: t[some] for name, t in self.extra.items()}))
         return result
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         names = ("tokens_BT", "targets_BT", "valid_BT", "doc_ids_BT", "tiles")
         tensors = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: t if t is None else t.to(device) for name, t in tensors.items()})
+        extra = {name: t.to(device) for name, t in self.extra.items()}
+        return replace(self, extra=extra, **{name: t if t is None else t.to(device) for name, t in tensors.items()})
 
 
 def targets(tokens_BT: np.ndarray, doc_ids_BT: np.ndarray, loss_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

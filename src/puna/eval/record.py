@@ -26,7 +26,7 @@ from puna.fields import to_dict
 from puna.model import ModelConfig
 from puna.train import checkpoint, metrics
 
-ORDER = ("pretrain", "midtrain", "sft", "rl", "dpo", "codistill")
+ORDER = ("vision", "pretrain", "midtrain", "sft", "rl", "dpo", "codistill")
 
 
 def result_json(
@@ -165,8 +165,9 @@ def stages(folder: Path, config: Mapping[str, Any]) -> dict[str, dict]:
         if any("tiles" in line for line in lines):
             entry["tiles"] = sum(line.get("tiles", 0) for line in lines)
         if shape is not None and seq_len:
-            work = flops_per_token(shape, seq_len) * entry["tokens"] + flops_per_tile(shape) * entry.get("tiles", 0)
-            entry["flops"] = work
+            alone = stage.name == "vision"  # the tower alone, its tokens compared with all (fixed) embeddings
+            token = 4 * shape.vocab_size * shape.d_model if alone else flops_per_token(shape, seq_len)
+            entry["flops"] = token * entry["tokens"] + flops_per_tile(shape) * entry.get("tiles", 0)
         found[stage.name] = entry
     return found
 

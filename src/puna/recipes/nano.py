@@ -2,6 +2,7 @@
 
 The order of things is the recipe (docs/LOG.md has the numbers): first look, then read, count and talk.
 
+    vision     (the hour) the tower alone, pictures and names, several times as many a second as in the model
     pretrain   pictures and their names, a little of everything else; small steps. The head learns at once, everything
                else is warmed up over half the stage, so that pictures are still told apart when they begin to pay
     midtrain   longer text and code, sums, hidden codes; the body at four times the rate
@@ -13,7 +14,6 @@ from __future__ import annotations
 import math
 
 from puna.data import DataConfig, Phase
-from puna.eval import EvalConfig
 from puna.model import preset
 from puna.nursery import LANGUAGES
 from puna.stages import RunConfig, StageConfig, TokenizerConfig
@@ -59,11 +59,11 @@ OPTIONS = {
 }
 
 
-# The tables: minutes -> (pretrain, midtrain, sft), made for SPEED tokens of pre-training a second.
+# The tables: minutes -> (vision, pretrain, midtrain, sft), made for SPEED tokens of pre-training a second.
 SPEED = 4700.0
 
 
-def _twelve() -> tuple[StageConfig, StageConfig, StageConfig]:
+def _twelve() -> tuple[StageConfig | None, ...]:
     pretrain = _stage(
         512, 0, _mix(0.04, captions=0.90, text_en=0.03, code=0.02, sft_addition=0.01), OPTIONS,
         steps=680, rows=2, warmup=300, decay=0.15, floor=0.2, checkpoint_every=200, eval_every=310, **LOOK,
@@ -79,10 +79,10 @@ def _twelve() -> tuple[StageConfig, StageConfig, StageConfig]:
              sft_facts=0.02, sft_conversations=0.02),
         OPTIONS, steps=540, rows=4, warmup=15, decay=0.5, floor=0.02, checkpoint_every=180, eval_every=270, **GROW,
     )  # fmt: skip
-    return pretrain, midtrain, sft
+    return None, pretrain, midtrain, sft
 
 
-def _sixty() -> tuple[StageConfig, StageConfig, StageConfig]:
+def _sixty() -> tuple[StageConfig | None, ...]:
     # An hour also learns to look codes up in long texts and to point. Look-ups come in lessons (tasks/recall.py): one
     # code among few in the first stage; many, then in texts, in the second, half of which is nothing else (mixed with
     # all the rest they take several times as long). Pointing goes from one large thing and its place in words to boxes
@@ -95,10 +95,16 @@ def _sixty() -> tuple[StageConfig, StageConfig, StageConfig]:
         "sft/recall": {"items": 4000, "most": 8},
         "sft/needle": {"items": 2000, "shortest": 0.3, "turns": 6, "every": 0.6},
     }
+    vision = _stage(
+        512, 3, {"captions": 0.5, "scenes": 0.5},
+        {"captions": {"items": 60000, "languages": {"en": 1.0}}, "scenes": {"items": 20000, "words": 1.0}},
+        steps=2400, rows=2, warmup=100, decay=0.3, floor=0.02, checkpoint_every=800, eval_every=800, lr=1e-3,
+        weight_decay=0.02,
+    )  # fmt: skip
     pretrain = _stage(
         512, 0, _mix(0.02, captions=0.74, sft_recall=0.14, text_en=0.06, code=0.02, sft_addition=0.02),
         options | {"sft/recall": {"items": 4000, "most": 3}},
-        steps=1600, rows=2, warmup=300, decay=0.1, floor=0.3, checkpoint_every=400, eval_every=800, **LOOK,
+        steps=1300, rows=2, warmup=300, decay=0.1, floor=0.3, checkpoint_every=400, eval_every=650, **LOOK,
     )  # fmt: skip
     midtrain = _stage(
         1024, 1, {"sft/recall": 1.0},
@@ -119,7 +125,7 @@ def _sixty() -> tuple[StageConfig, StageConfig, StageConfig]:
         options | {"scenes": {"items": 12000, "lessons": {"few": 1.0, "wide": 2.0, "all": 3.0}, "words": 0.2}},
         steps=3200, rows=2, warmup=15, decay=0.4, floor=0.02, checkpoint_every=300, eval_every=1100, **GROW,
     )  # fmt: skip
-    return pretrain, midtrain, sft
+    return vision, pretrain, midtrain, sft
 
 
 TABLES = {12.0: _twelve, 60.0: _sixty}
@@ -128,7 +134,8 @@ TABLES = {12.0: _twelve, 60.0: _sixty}
 def _life(name: str, minutes: float | None) -> RunConfig:
     # The table next to `minutes` in proportion: 27 is as far from 12 as from 60.
     table = min(TABLES, key=lambda t: abs(math.log(max(minutes or 12.0, 1e-3) / t)))
-    return RunConfig(name, preset(name), TokenizerConfig(), *TABLES[table](), EvalConfig(), minutes=table, speed=SPEED)
+    vision, *rest = TABLES[table]()
+    return RunConfig(name, preset(name), TokenizerConfig(), *rest, minutes=table, speed=SPEED, vision=vision)
 
 
 def nano_scout(minutes: float | None = None) -> RunConfig:

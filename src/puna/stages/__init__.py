@@ -5,7 +5,8 @@ from puna.stages.midtrain import midtrain
 from puna.stages.pretrain import pretrain
 from puna.stages.sft import sft
 from puna.stages.tokenizer import make_processor
+from puna.stages.vision import vision
 
-RUN = {"pretrain": pretrain, "midtrain": midtrain, "sft": sft}
+RUN = {"vision": vision, "pretrain": pretrain, "midtrain": midtrain, "sft": sft}
 
 __all__ = ["RUN", "STAGES", "RunConfig", "StageConfig", "StageRun", "TokenizerConfig", "make_processor"]

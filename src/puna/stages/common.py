@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from puna.processor import Processor
 from puna.stages.config import StageRun
 from puna.train import Evaluation, Job, checkpoint, train
 from puna.train.metrics import Display
+from puna.train.terms import NextToken, Term
 
 
 def fit_model(config: ModelConfig, processor: Processor) -> ModelConfig:
@@ -39,11 +40,14 @@ def start_model(run: StageRun, processor: Processor, init: str | Path | None) ->
 
 
 def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Path | None = None,
-              validation: Mapping[str, list[str]] | None = None, quiet: bool = False) -> Llama4:  # fmt: skip
+              validation: Mapping[str, list[str]] | None = None, quiet: bool = False,
+              read: type[Batches] = Batches, term: Callable[[Llama4], Term] | None = None, only: str = "",
+              ) -> Llama4:  # fmt: skip
     """Trains one stage in `folder`/<stage>, or goes on with it; returns the finished model.
 
     init: what to start from where the stage has no checkpoint of its own. validation: texts by language for bits per
-    byte during training. Errors: PunaError, with nothing half-written.
+    byte during training. read: what makes batches of rows. term: the loss, made for the model (None: next token).
+    only: parameters whose names begin otherwise stay as they are. Errors: PunaError, with nothing half-written.
     """
     model = start_model(run, processor, init)
     display = Display(run.stage, 1, quiet=quiet)
@@ -57,15 +61,17 @@ def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Pat
         raise PunaError(f"data.seq_len {run.data.seq_len} exceeds the model's max_context {model.config.max_context}")
     sources = build(run.data, processor, model.config.chunk, folder / "data", progress)
     mixture = run.data.mixture({name: len(rows) for name, rows in sources.items()}, run.train.steps, run.train.rows)
-    batches = Batches(sources, mixture, processor, run.train.rows, steps=run.train.steps, seed=run.data.seed)
+    batches = read(sources, mixture, processor, run.train.rows, steps=run.train.steps, seed=run.data.seed)
     evaluations = ()
     if validation:
         evaluate = bpb_evaluation(processor, validation, window=run.data.seq_len)
         evaluations = (Evaluation("bpb", run.train.eval_every, evaluate),)
     record = to_dict(run) | {"model": model.config.to_dict(), "init": None if init is None else str(init)}
-    job = Job(run.stage, folder / run.stage, model, processor, batches, run.train, record, evaluations=evaluations,
-              quiet=quiet)  # fmt: skip
-    return train(job)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(only))
+    job = Job(run.stage, folder / run.stage, model, processor, batches, run.train, record,
+              term(model) if term else NextToken(), evaluations, quiet)  # fmt: skip
+    return train(job).requires_grad_()
 
 
 def is_finished(folder: Path, stage: str) -> bool:

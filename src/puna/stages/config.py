@@ -1,6 +1,6 @@
 """What a run is: one frozen RunConfig, a recipe's only product; a StageRun is its view for one stage.
 
-RunConfig   name, model, tokenizer, pretrain, midtrain, sft, eval        `puna raise`
+RunConfig   name, model, tokenizer, [vision,] pretrain, midtrain, sft, eval   `puna raise`
 StageRun    the same with one stage's data and train on top               `puna pretrain`, `--train.steps 100`
 """
 
@@ -15,7 +15,7 @@ from puna.eval import EvalConfig
 from puna.model import ModelConfig
 from puna.train import TrainConfig
 
-STAGES = ("pretrain", "midtrain", "sft")
+STAGES = ("vision", "pretrain", "midtrain", "sft")
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,20 @@ class RunConfig:
     seed: int = 0
     minutes: float = 12.0  # what the recipe's steps are made for ...
     speed: float = 5000.0  # ... at so many pre-training tokens per second
+    vision: StageConfig | None = None  # the tower apart, first of all; None: it learns with the rest
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages this run has, in order."""
+        return tuple(name for name in STAGES if getattr(self, name) is not None)
 
     def stage(self, name: str) -> StageRun:
         """The view of one stage."""
         if name not in STAGES:
             raise PunaError(f"unknown stage {name!r}: choose from {', '.join(STAGES)}")
-        part: StageConfig = getattr(self, name)
+        part: StageConfig | None = getattr(self, name)
+        if part is None:
+            raise PunaError(f"{self.name} has no stage {name!r}: it has {', '.join(self.stages)}")
         return StageRun(name, self.name, self.model, self.tokenizer, part.data, part.train, self.seed)
 
 

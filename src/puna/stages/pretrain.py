@@ -1,5 +1,6 @@
 """Pre-training: interleaved text, code and pictures from the first step (early fusion), next-token prediction on all
-of it; pictures are read, never predicted. It starts from new weights unless `init` names a model."""
+of it; pictures are read, never predicted. It starts from new weights, from the same run's vision tower where it was
+trained apart (`vision.py`), or from the model that `init` names."""
 
 from __future__ import annotations
 
@@ -13,4 +14,6 @@ from puna.stages.config import StageRun
 
 def pretrain(run: StageRun, folder: Path, processor: Processor, init: str | Path | None = None, **options) -> Llama4:
     """Trains `folder`/pretrain; options as in `run_stage`."""
+    if init is None and (folder / "vision").is_dir():
+        init = folder / "vision"
     return run_stage(run, folder, processor, init, **options)

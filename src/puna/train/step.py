@@ -40,17 +40,18 @@ def accumulate_gradients(model: Llama4, batch: Batch, term: Term, denominator: i
 
     Returns (sum of the term, dict of metric sums), detached.
     """
-    hidden_BTD = model.hidden(batch.tokens_BT, batch.tiles, batch.doc_ids_BT)
+    hidden_BTD = term.hidden(model, batch)
     place_n = batch.valid_BT.flatten().nonzero().squeeze(-1)
     if not place_n.numel():
         return hidden_BTD.new_zeros((), dtype=torch.float32), {}
     hidden_nD = hidden_BTD.flatten(0, 1).index_select(0, place_n)
-    targets_n = batch.targets_BT.flatten().index_select(0, place_n)
+    about = {"targets": batch.targets_BT} | dict(batch.extra)
+    about = {name: each.flatten(0, 1).index_select(0, place_n) for name, each in about.items()}
     total, metrics, gradients = 0.0, {}, []
     for start in range(0, place_n.numel(), slice_size):
         part = slice(start, start + slice_size)
         leaf = hidden_nD[part].detach().requires_grad_()
-        loss, sums = term(leaf, model.head, {"targets": targets_n[part]})
+        loss, sums = term(leaf, model.head, {name: each[part] for name, each in about.items()})
         (loss / denominator).backward()
         gradients.append(leaf.grad)
         total = total + loss.detach()
@@ -74,7 +75,8 @@ def train_step(model: Llama4, optimizer, batches: list[Batch], term: Term, clip:
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value
         for count, layer in zip(counts, layers, strict=True):
-            count += layer.counts_E.cpu()
+            if layer.counts_E is not None:  # the term may have needed the vision tower alone
+                count += layer.counts_E.cpu()
             if layer.flips is not None:
                 flips += layer.flips.cpu()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -90,7 +92,7 @@ def train_step(model: Llama4, optimizer, batches: list[Batch], term: Term, clip:
 
 def router_metrics(counts: list[Tensor], flips: Tensor) -> dict[str, float]:
     """Load of the busiest expert relative to the mean, dead experts, and the share of routes the bias changed."""
-    if not counts:
+    if not any(int(count.sum()) for count in counts):  # no experts, or a term that needs the vision tower alone
         return {}
     load = torch.stack([c.double() / max(1, int(c.sum())) * c.numel() for c in counts])
     routed = sum(int(c.sum()) for c in counts)

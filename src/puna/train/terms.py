@@ -1,21 +1,30 @@
 """Losses as *terms*, so that logits never exist whole.
 
-A term maps (hidden slice [n, D], head, batch slice) to (sum of losses, metrics). The step calls it slice by slice and
-divides by the count of valid tokens of the *whole* optimizer step, over all micro-batches: every token weighs the
-same however the batch was cut. Next-token prediction is one term; DPO, RL and distillation are others.
+A term says which hidden states it needs, and maps (hidden slice [n, D], head, batch slice) to (sum of losses, metrics).
+The step calls it slice by slice and divides by the count of valid tokens of the *whole* optimizer step, over all
+micro-batches: every token weighs the same however the batch was cut. Next-token prediction is one term, names for what
+a picture's tokens show another; DPO, RL and distillation are others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from puna.data import Batch
+from puna.model import Llama4
+from puna.model.fusion import fuse
 
 
 class Term(Protocol):
     """A loss over a slice of valid positions."""
+
+    def hidden(self, model: Llama4, batch: Batch) -> Tensor:
+        """[B, T, D]: the states that the valid positions are taken from."""
 
     def __call__(self, hidden_nD: Tensor, head: Callable[[Tensor], Tensor], batch: dict[str, Tensor]):
         """Returns (scalar sum over the n positions, dict of scalar sums to be logged per valid token)."""
@@ -53,6 +62,9 @@ def cross_entropy(logits_nV: Tensor, targets_n: Tensor) -> Tensor:
 class NextToken:
     """Cross-entropy with the next token: sum over positions of -ln p(target), natural units."""
 
+    def hidden(self, model: Llama4, batch: Batch) -> Tensor:
+        return model.hidden(batch.tokens_BT, batch.tiles, batch.doc_ids_BT)
+
     def __call__(self, hidden_nD: Tensor, head: Callable[[Tensor], Tensor], batch: dict[str, Tensor]):
         logits_nV = head(hidden_nD)
         targets_n = batch["targets"]
@@ -60,3 +72,49 @@ class NextToken:
         with torch.no_grad():
             right = (logits_nV.argmax(-1) == targets_n).sum()
         return loss, {"accuracy": right}
+
+
+class Names:
+    """Which of some words does a picture's token show? The vision tower's loss where it learns apart.
+
+    Sum over patch tokens of -ln softmax(cos(feature, embeddings) / temperature)[target], in nats: the names in captions
+    are the classes, without a text encoder ("SuperClass", arXiv 2411.03313), and the model's own embeddings, held
+    fixed, are the classifier, so that a feature comes to lie where the word for what it shows lies. Its length costs
+    too (0.1 (|feature| / |embedding| - 1)^2): features enter the residual stream as embeddings do.
+
+    Where the edges of the thing are known (extra "edges" [B, T, 4], shares of the tile's side, else NaN), the feature
+    has to tell them as well, along four fixed directions: 1/2 the sum of |1/2 + 2 cos(feature, direction) - edge|.
+
+    tokens: ids of the words there are; all others would only have to be told apart from them first.
+    """
+
+    temperature = 1 / 15
+
+    def __init__(self, model: Llama4, tokens: Sequence[int]):
+        weight_VD = model.tok_embeddings.weight.detach().float()
+        self.length = float(weight_VD.norm(dim=-1).mean())
+        ids_C = torch.tensor(sorted(set(tokens)), device=weight_VD.device)
+        self.classes_CD = F.normalize(weight_VD[ids_C], dim=-1)
+        self.class_V = torch.full((len(weight_VD),), -1, device=ids_C.device)
+        self.class_V[ids_C] = torch.arange(len(ids_C), device=ids_C.device)
+        basis_DD = torch.linalg.qr(torch.randn(2 * [weight_VD.shape[1]], generator=torch.Generator().manual_seed(4)))[0]
+        self.directions_4D = basis_DD[:4].to(weight_VD)
+
+    def hidden(self, model: Llama4, batch: Batch) -> Tensor:
+        """Features at the patch tokens, zeros elsewhere; nothing but the tower runs."""
+        empty_BTD = torch.zeros(*batch.tokens_BT.shape, model.config.d_model, device=batch.tokens_BT.device)
+        if batch.tiles is None:
+            return empty_BTD
+        return fuse(empty_BTD, batch.tokens_BT, model.image_features(batch.tiles), model.config.patch_token)
+
+    def __call__(self, hidden_nD: Tensor, head: Callable[[Tensor], Tensor], batch: dict[str, Tensor]):
+        targets_n, length_n = self.class_V[batch["targets"]], hidden_nD.norm(dim=-1)
+        unit_nD = F.normalize(hidden_nD, dim=-1)
+        logits_nC = unit_nD @ self.classes_CD.T / self.temperature
+        loss = cross_entropy(logits_nC, targets_n) + 0.1 * (length_n / self.length - 1).square().sum()
+        known_n = batch["edges"].isfinite().all(-1)
+        error_m4 = 0.5 + 2 * unit_nD[known_n] @ self.directions_4D.T - batch["edges"][known_n]
+        loss = loss + 0.5 * error_m4.abs().sum()
+        with torch.no_grad():
+            right = (logits_nC.argmax(-1) == targets_n).sum()
+        return loss, {"accuracy": right, "edges": known_n.sum(), "edge_error": error_m4.detach().abs().mean(1).sum()}
