@@ -35,7 +35,7 @@ def convert(args) -> None:
         raise PunaError(f"{target} exists already: remove it or choose another name")
     store, processor = open_model(args.source)
     form = {
-        "hf": lambda: HuggingFaceFormat(processor),
+        "hf": lambda: HuggingFaceFormat(processor, origin=getattr(store, "folder", None)),
         "puna": lambda: CheckpointFormat(processor),
         "meta": lambda: MetaFormat(processor, 8 if args.shards is None else args.shards, args.fp8),
     }[args.to]()
