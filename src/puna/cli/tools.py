@@ -51,11 +51,17 @@ def convert(args) -> None:
 
 
 def report(args) -> None:
-    """A run's results, or how far it is."""
+    """A run's results, or how far it is; several runs on one page."""
+    from puna.eval.compare import compare, configuration
     from puna.eval.record import read_report
+    from puna.eval.report import rebuild
     from puna.stages import STAGES
 
-    folder = existing_run(args.folder)
+    folders = [existing_run(name) for name in args.folders]
+    if len(folders) > 1:
+        print(f"report   {compare(folders, Path(args.out or 'compare.html'))}")
+        return
+    folder = folders[0]
     stages = [stage for stage in STAGES if (folder / stage).is_dir()]
     for stage in stages:
         show.stage(folder / stage)
@@ -63,11 +69,13 @@ def report(args) -> None:
     if path.is_file():
         print()
         show.report(read_report(folder))
-        print(f"\nreport   {folder / 'report.html'}")
+        print(f"\nreport   {args.out or folder / 'report.html'}")
     elif stages:
         print("no evaluation yet: `puna raise` makes report.html at its end")
     else:
         raise PunaError(f"{folder} is no run: it has neither report.json nor a stage's folder")
+    if args.out:
+        rebuild(folder, Path(args.out), configuration(folder))
 
 
 def recipe_ls(args) -> None:

@@ -11,7 +11,7 @@ import torch
 from puna import convert
 from puna.data import Batches, build
 from puna.errors import PunaError
-from puna.eval import bpb_evaluation
+from puna.eval import answers_evaluation, bpb_evaluation
 from puna.fields import to_dict
 from puna.model import Llama4, ModelConfig
 from puna.processor import Processor
@@ -39,11 +39,13 @@ def start_model(run: StageRun, processor: Processor, init: str | Path | None) ->
 
 
 def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Path | None = None,
-              validation: Mapping[str, list[str]] | None = None, quiet: bool = False) -> Llama4:  # fmt: skip
+              validation: Mapping[str, list[str]] | None = None, quiet: bool = False,
+              track: tuple[str, ...] = ()) -> Llama4:  # fmt: skip
     """Trains one stage in `folder`/<stage>, or goes on with it; returns the finished model.
 
     init: what to start from where the stage has no checkpoint of its own. validation: texts by language for bits per
-    byte during training. Errors: PunaError, with nothing half-written.
+    byte during training, beside which the model answers a few prompts. track: trackers of its metrics. Errors:
+    PunaError, with nothing half-written.
     """
     model = start_model(run, processor, init)
     display = Display(run.stage, 1, quiet=quiet)
@@ -61,10 +63,13 @@ def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Pat
     evaluations = ()
     if validation:
         evaluate = bpb_evaluation(processor, validation, window=run.data.seq_len)
-        evaluations = (Evaluation("bpb", run.train.eval_every, evaluate),)
+        evaluations = (
+            Evaluation("bpb", run.train.eval_every, evaluate),
+            Evaluation("samples", run.train.eval_every, answers_evaluation(processor)),
+        )
     record = to_dict(run) | {"model": model.config.to_dict(), "init": None if init is None else str(init)}
     job = Job(run.stage, folder / run.stage, model, processor, batches, run.train, record, evaluations=evaluations,
-              quiet=quiet)  # fmt: skip
+              quiet=quiet, track=track)  # fmt: skip
     return train(job)
 
 
