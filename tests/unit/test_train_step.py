@@ -227,7 +227,8 @@ def test_each_part_is_the_norm_of_its_own_gradients():
     model = lively_model()
     accumulate_gradients(model, random_batch(), NextToken(), 40, 16)
     holds = {"attention": "layers.0.attention.wqkv.weight", "experts": "layers.1.moe.experts.w13",
-             "head": "output.weight", "router": "layers.1.moe.router.weight", "dense": "layers.1.moe.shared.w2.weight", "norms": "norm.weight",
+             "head": "output.weight", "router": "layers.1.moe.router.weight", "norms": "norm.weight",
+             "dense": "layers.1.moe.shared.w2.weight",
              "embedding": "tok_embeddings.weight", "vision": "vision.layers.0.attention.wq.weight",
              "adapter": "vision.projector.weight"}  # fmt: skip
     for part, name in holds.items():
