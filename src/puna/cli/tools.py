@@ -23,7 +23,7 @@ def convert(args) -> None:
 
     from puna.convert.folder import write_folder
     from puna.convert.huggingface import HuggingFaceFormat
-    from puna.convert.load import identity, open_model
+    from puna.convert.load import identity, with_model
     from puna.convert.meta import MetaFormat
     from puna.convert.puna import CheckpointFormat
 
@@ -33,21 +33,24 @@ def convert(args) -> None:
     target = Path(args.target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):  # said before a long check, not after it
         raise PunaError(f"{target} exists already: remove it or choose another name")
-    store, processor = open_model(args.source)
-    form = {
-        "hf": lambda: HuggingFaceFormat(processor, origin=getattr(store, "folder", None)),
-        "puna": lambda: CheckpointFormat(processor),
-        "meta": lambda: MetaFormat(processor, 8 if args.shards is None else args.shards, args.fp8),
-    }[args.to]()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("")
-        write_folder(
-            store, form, target, getattr(torch, args.dtype) if args.dtype else None, identity(store),
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
-    count = sum(shape.numel() for shape in store.shapes().values())
-    print(f"{target}: {count:,} parameters" + ("" if processor else ", without a tokenizer"))
+
+    def write(store, processor) -> None:
+        form = {
+            "hf": lambda: HuggingFaceFormat(processor, origin=getattr(store, "folder", None)),
+            "puna": lambda: CheckpointFormat(processor),
+            "meta": lambda: MetaFormat(processor, 8 if args.shards is None else args.shards, args.fp8),
+        }[args.to]()
+        with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task("")
+            write_folder(
+                store, form, target, getattr(torch, args.dtype) if args.dtype else None, identity(store),
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )  # fmt: skip
+        count = sum(shape.numel() for shape in store.shapes().values())
+        print(f"{target}: {count:,} parameters" + ("" if processor else ", without a tokenizer"))
+
+    with_model(args.source, write)
 
 
 def report(args) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def save(path: Path, text: str) -> None:
     except OSError as error:
         raise PunaError(f"can't write {path}: {error.strerror or error}; free some disk space and run again") from error
     finally:
-        work.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk even this is refused
+            work.unlink(missing_ok=True)
 
 
 def page(folder: Path, values: Mapping[str, Any]) -> str:

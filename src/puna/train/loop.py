@@ -178,7 +178,8 @@ def _steps(job: Job, optimizer, balancer, done: int, metrics, display, received:
             checkpoint.save(
                 job.folder, step + 1, last, job.record, model, job.processor, optimizer, balancer
             )  # fmt: skip
-            checkpoint.prune(job.folder, 1 if last else config.keep, step + 1)
+            every = config.keep_every * config.checkpoint_every
+            checkpoint.prune(job.folder, 1 if last else config.keep, step + 1, every)
         if received:  # after the last step too: what comes behind this stage must not begin
             raise Stopped(received[0], step)
 
