@@ -49,20 +49,16 @@ def soak_a_life(whole, folder, rand, kills):
     command, run, done = ("raise", "tiny.py"), folder / "runs" / "tiny", 0
     for stage, count in kills.items():
         for _ in range(count):
-            before = losses(run / stage)
+            before, had = losses(run / stage), max(checkpoints(run / stage), default=0)
             # From the start of the process on, or from a few steps behind where the last kill left the stage.
             late = rand.random() < 0.75
-            goal = len(before) + rand.randrange(3) if late else 0
-            goal = min(goal, STAGES[stage] - 1)
+            goal = min(len(before) + rand.randrange(3), STAGES[stage] - 1) if late else -1
             delay = rand.uniform(0, 0.3) if late else rand.uniform(0.2, 6.0)
-            fell = killed(folder, command, delay, lambda s=stage, g=goal, on=late: not on or len(losses(run / s)) > g)
+            fell = killed(folder, command, delay, lambda s=stage, g=goal: g < 0 or len(losses(run / s)) > g)
             done += fell
-            print(
-                f"kill {done:3}  aimed at {stage:8}  {'fell' if fell else 'came too late'}: {progress(run)}", flush=True
-            )
-            if checkpoints(run / stage):
-                have = checkpoints(run / stage)[-1]
-                assert losses(run / stage)[:have][: len(before)] == before[:have], "steps behind a checkpoint changed"
+            verdict = "fell" if fell else "came too late"
+            print(f"kill {done:3}  aimed at {stage:8}  {verdict}: {progress(run)}", flush=True)
+            assert losses(run / stage)[:had] == before[:had], "steps behind a checkpoint were done again"
     out = puna(folder, *command)
     assert "goals met" in out
     for stage, steps in STAGES.items():
@@ -93,9 +89,7 @@ def soak_a_conversion(whole, folder, rand, count):
         print(f"kill of convert --to {form}: {'fell' if fell else 'came too late'}, {state}", flush=True)
         if not (folder / "out").exists():
             puna(folder, *words)
-        files = [
-            {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (folder / "out", right)
-        ]
+        files = [{p.name: p.read_bytes() for p in f.iterdir()} for f in (folder / "out", right)]
         assert files[0] == files[1] and len(files[0]) > 3 and not (folder / ".out.part").exists(), form
         shutil.rmtree(folder / "out")
     return done
