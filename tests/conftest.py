@@ -1,6 +1,11 @@
 """What the tests share: a real, tiny processor, trained here in a fraction of a second."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog. She sells sea shells by the sea shore, doesn't she?",

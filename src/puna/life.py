@@ -120,7 +120,7 @@ def resolve(run: RunConfig, folder: Path, minutes: float | None) -> RunConfig:
 
 
 def raise_model(run: RunConfig, folder: Path, minutes: float | None = None, fresh: bool = False,
-                quiet: bool = False) -> dict:  # fmt: skip
+                quiet: bool = False, track: tuple[str, ...] = ()) -> dict:  # fmt: skip
     """Raises a model in `folder`; returns what report.json holds. A finished run is only read."""
     with lock(folder):
         if fresh:
@@ -142,7 +142,7 @@ def raise_model(run: RunConfig, folder: Path, minutes: float | None = None, fres
             say(f"{number}/{last} {name}: {getattr(run, name).train.steps} steps", quiet)
             begin = time.perf_counter()
             stage = run.stage(name).with_model(fit_model(run.model, processor))
-            model = RUN[name](stage, folder, processor, validation=validation, quiet=quiet)
+            model = RUN[name](stage, folder, processor, validation=validation, quiet=quiet, track=track)
             seconds[name] = time.perf_counter() - begin
         say(f"{last - 1}/{last} evaluation", quiet)
         begin = time.perf_counter()

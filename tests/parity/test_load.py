@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from damage import flip_byte, reseal, tensor_place
 from parity_helpers import SCOUT, TEXT_ONLY, strong_model, text, with_pictures
 from safetensors.torch import load_file, save_file
 
@@ -27,9 +28,8 @@ def same(a, b):
 
 def flip_a_bit(folder, name="layers.1.moe.experts.w2"):
     """Changes one bit of one tensor, leaving file and header whole."""
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name].view(torch.int32).flatten()[5] ^= 1
-    save_file(tensors, folder / "model.safetensors")
+    path = folder / "model.safetensors"
+    flip_byte(path, tensor_place(path, name) + 20, 1)
 
 
 @pytest.fixture
@@ -142,9 +142,7 @@ def test_every_damage_is_found(run):
     good = {p.name: p.read_bytes() for p in newest.iterdir()}
 
     def edit_run(change):
-        record = json.loads(good["run.json"])
-        change(record)
-        (newest / "run.json").write_text(json.dumps(record))
+        reseal(newest, change)
 
     def drop_tensor():
         tensors = load_file(newest / "model.safetensors")
@@ -191,7 +189,7 @@ def test_a_newer_format_is_no_damage(run):
     """A checkpoint of a newer puna must not be passed over for an older one silently."""
     folder, _ = run
     path = folder / "pretrain" / "step-00000100" / "run.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    reseal(path.parent, lambda record: record.update(format=2))
     for place in (path.parent, folder / "pretrain"):
         with pytest.raises(PunaError, match="newer puna"):
             puna.load(place)

@@ -137,6 +137,7 @@ def test_files_of_an_export(tmp_path, tiny_processor):
     model = strong_model(config)
     folder = export_hf(model, tiny_processor, tmp_path / "hf", shard_bytes=100_000)
     expected = [
+        "README.md",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
@@ -166,6 +167,10 @@ def test_files_of_an_export(tmp_path, tiny_processor):
     assert generation["attn_temperature_tuning"] is True  # vLLM reads it here and nowhere else
     assert (generation["temperature"], generation["top_p"], generation["do_sample"]) == (0.6, 0.9, True)
     assert set(generation["eos_token_id"]) == {tokenizer.eot, tokenizer.eom, tokenizer.end_of_text}
+
+    untuned = export_hf(strong_model(dataclasses.replace(config, temperature_tuning=False)), None, tmp_path / "untuned")
+    off = json.loads((untuned / "generation_config.json").read_text())["attn_temperature_tuning"]
+    assert off is False, "vLLM would switch it on past 32,768 tokens"
 
     index = read["model.safetensors.index.json"]
     stored = {name: file for file in shards for name in load_file(folder / file)}

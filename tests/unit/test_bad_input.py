@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from bad_input_helpers import CHECKPOINT, TINY, command_line, files, is_mistake, make_trained
+from damage import reseal
 from PIL import Image
 
 
@@ -150,12 +151,6 @@ def cut(path, by=40):
     path.write_bytes(path.read_bytes()[:-by])
 
 
-def edit(path, change):
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
-
-
 DAMAGES = {
     "model cut": (lambda c: cut(c / "model.safetensors"), "model.safetensors is corrupt or truncated"),
     "model empty": (lambda c: (c / "model.safetensors").write_bytes(b""), "model.safetensors is corrupt or truncated"),
@@ -163,14 +158,14 @@ DAMAGES = {
     "run cut": (lambda c: cut(c / "run.json"), "run.json can't be read as JSON"),
     "run list": (lambda c: (c / "run.json").write_text("[]"), "run.json holds no JSON object"),
     "run deep": (lambda c: (c / "run.json").write_text("[" * 100_000), "run.json can't be read as JSON"),
-    "run keys": (lambda c: edit(c / "run.json", lambda run: [run.pop(k) for k in ("step", "finished")]),
+    "run keys": (lambda c: reseal(c, lambda run: [run.pop(k) for k in ("step", "finished")]),
                  "run.json lacks step and finished"),
-    "key": (lambda c: edit(c / "run.json", lambda run: run["config"]["model"].update(d_modl=32)), "'d_modl'"),
-    "type": (lambda c: edit(c / "run.json", lambda run: run["config"]["model"].update(vision=3)), "'vision'"),
-    "float": (lambda c: edit(c / "run.json", lambda run: run["config"]["model"].update(d_model=32.5)), "'d_model'"),
-    "width": (lambda c: edit(c / "run.json", lambda run: run["config"]["model"].update(d_model=64)), "has shape"),
-    "tokenizer cut": (lambda c: cut(c / "tokenizer.json"), "tokenizer.json: the tokenizer file is damaged"),
-    "processor cut": (lambda c: cut(c / "processor.json", 5), "processor.json is damaged"),
+    "key": (lambda c: reseal(c, lambda run: run["config"]["model"].update(d_modl=32)), "'d_modl'"),
+    "type": (lambda c: reseal(c, lambda run: run["config"]["model"].update(vision=3)), "'vision'"),
+    "float": (lambda c: reseal(c, lambda run: run["config"]["model"].update(d_model=32.5)), "'d_model'"),
+    "width": (lambda c: reseal(c, lambda run: run["config"]["model"].update(d_model=64)), "has shape"),
+    "tokenizer cut": (lambda c: cut(c / "tokenizer.json"), "tokenizer.json does not match its hash"),
+    "processor cut": (lambda c: cut(c / "processor.json", 5), "processor.json does not match its hash"),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import reseal
 from training_helpers import CONFIG, State, changed, lively_model, same, three_checkpoints
 
 import puna
@@ -142,10 +143,7 @@ def test_the_same_step_again_replaces_it(stage):
 @pytest.mark.parametrize("key", ["torch", "threads", "cpu"])
 def test_another_machine_is_warned_of_and_goes_on(stage, key):
     folder, held = stage
-    path = folder / "step-00000003" / "run.json"
-    run = json.loads(path.read_text())
-    run["environment"][key] = "another"
-    path.write_text(json.dumps(run))
+    reseal(folder / "step-00000003", lambda run: run["environment"].update({key: "another"}))
     state = State(seed=1)
     with pytest.warns(UserWarning, match=f"another {key}: the run goes on, but not bitwise") as caught:
         state.resume(folder)

@@ -1,11 +1,11 @@
 """Damage of a checkpoint is named with file and tensor, and the one before it is taken; nothing changes before all is
 checked."""
 
-import json
 import warnings
 
 import pytest
 import torch
+from damage import reseal
 from safetensors.torch import load_file, save_file
 from training_helpers import State, same, three_checkpoints
 
@@ -43,12 +43,7 @@ def drop(file, name):
 
 
 def edit(change):
-    def damage(folder):
-        run = json.loads((folder / "run.json").read_text())
-        change(run)
-        (folder / "run.json").write_text(json.dumps(run))
-
-    return damage
+    return lambda folder: reseal(folder, change)
 
 
 def rename_a_parameter(folder):

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from damage import reseal
 from safetensors.torch import load_file, save_file
 from training_helpers import CONFIG, TRAIN, changed, job, random_batch, values
 
@@ -185,9 +186,8 @@ def test_going_on_needs_everything_that_is_saved(tmp_path, lost):
     assert any(tensors[name].any() for name in names)
     tensors |= {name: torch.zeros_like(tensors[name]) for name in names}
     save_file(tensors, folder / "optimizer.safetensors")
-    record = json.loads((folder / "run.json").read_text())
-    record["training_hashes"] = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
-    (folder / "run.json").write_text(json.dumps(record))
+    hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
+    reseal(folder, lambda run: run.update(training_hashes=hashes))
     assert changed(whole, values(train(job(tmp_path / "run", **settings))))
 
 

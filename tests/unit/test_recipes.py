@@ -39,7 +39,8 @@ def test_every_recipe_is_a_whole_run_for_every_duration(name, minutes):
         assert part.data.seq_len <= run.model.max_context
         assert part.data.seq_len % run.model.chunk == 0 or part.data.seq_len < run.model.chunk
         assert 0 < train.warmup < train.steps and train.checkpoint_every <= train.steps
-    assert len({part.data.seed for part in stages(run).values()}) == len(run.stages), "stages read their items in another order"
+    seeds = {part.data.seed for part in stages(run).values()}
+    assert len(seeds) == len(run.stages), "stages read their items in another order"
 
 
 @pytest.mark.parametrize(("name", "minutes"), [(name, m) for name in recipes.RECIPES for m in (12, 60)])

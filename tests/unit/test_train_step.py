@@ -10,7 +10,7 @@ from training_helpers import CONFIG, changed, lively_model, random_batch, values
 from puna.model import Llama4
 from puna.model.moe import moe_layers
 from puna.optim import build_adamw
-from puna.train.step import router_metrics, train_step
+from puna.train.step import accumulate_gradients, clip_gradients, router_metrics, train_step
 from puna.train.terms import NextToken, cross_entropy
 
 NO_CLIP = 1e9
@@ -192,10 +192,56 @@ def test_a_step_that_is_not_finite_changes_nothing(how):
 def test_router_metrics_by_hand():
     counts = [torch.tensor([4, 0, 0, 0]), torch.tensor([1, 2, 1, 0])]
     got = router_metrics(counts, torch.tensor(2))
-    assert got == {"router/max_load": (4 + 2) / 2, "router/dead": 4 / 8, "router/flip_share": 2 / 8}
+    entropy = 0.75  # of shares 1/4, 1/2, 1/4: 1.5 bits of the 2 that four experts can have
+    assert got == {
+        "router/max_load": (4 + 2) / 2, "router/dead": 4 / 8, "router/flip_share": 2 / 8,
+        "router/entropy": pytest.approx(entropy / 2),
+        "router/layers": {"max_load": [4.0, 2.0], "entropy": [0.0, entropy], "dead": [0.75, 0.25]},
+    }  # fmt: skip
     even = router_metrics([torch.tensor([5, 5])], torch.tensor(0))
-    assert even == {"router/max_load": 1.0, "router/dead": 0.0, "router/flip_share": 0.0}
+    assert even == {
+        "router/max_load": 1.0, "router/entropy": pytest.approx(1.0), "router/dead": 0.0, "router/flip_share": 0.0,
+        "router/layers": {"max_load": [1.0], "entropy": [1.0], "dead": [0.0]},
+    }  # fmt: skip
     assert router_metrics([], torch.tensor(0)) == {}
+    nothing = router_metrics([torch.zeros(4, dtype=torch.int64)], torch.tensor(0))  # a step without a token
+    assert nothing["router/entropy"] == 0 and nothing["router/dead"] == 1
+
+
+def test_gradient_norms_by_part_add_up_and_clipping_is_torchs():
+    model, twin = lively_model(), lively_model()
+    for each in (model, twin):
+        accumulate_gradients(each, random_batch(), NextToken(), 40, 16)
+    norm, parts = clip_gradients(model, 0.3)
+    theirs = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.3)
+    assert torch.equal(norm, theirs) and float(norm) > 0.3
+    assert not changed(
+        {n: p.grad for n, p in model.named_parameters()}, {n: p.grad for n, p in twin.named_parameters()}
+    )
+    assert sum(value**2 for value in parts.values()) == pytest.approx(float(norm) ** 2, rel=1e-5)
+    assert set(parts) == {"adapter", "attention", "dense", "embedding", "experts", "head", "norms", "router", "vision"}
+    assert all(value > 0 for value in parts.values())
+
+
+def test_each_part_is_the_norm_of_its_own_gradients():
+    model = lively_model()
+    accumulate_gradients(model, random_batch(), NextToken(), 40, 16)
+    holds = {"attention": "layers.0.attention.wqkv.weight", "experts": "layers.1.moe.experts.w13",
+             "head": "output.weight", "router": "layers.1.moe.router.weight", "norms": "norm.weight",
+             "dense": "layers.1.moe.shared.w2.weight",
+             "embedding": "tok_embeddings.weight", "vision": "vision.layers.0.attention.wq.weight",
+             "adapter": "vision.projector.weight"}  # fmt: skip
+    for part, name in holds.items():
+        alone = dict(model.named_parameters())[name].grad.clone()
+        for parameter in model.parameters():
+            parameter.grad = None
+        dict(model.named_parameters())[name].grad = alone
+        norm, parts = clip_gradients(model, 1e9)
+        assert parts == {part: pytest.approx(float(norm))}
+        accumulate_gradients(model, random_batch(), NextToken(), 40, 16)
+    for parameter in model.parameters():
+        parameter.grad = None
+    assert clip_gradients(model, 1.0) == (torch.zeros(()), {})
 
 
 def test_a_step_measures_the_routes_of_all_its_micro_batches():
@@ -225,7 +271,7 @@ def test_a_model_without_experts_has_no_router_metrics():
     config = dataclasses.replace(CONFIG, moe_layers=())
     model = Llama4(config)
     result = train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), [random_batch()], NextToken(), 1.0, 16)
-    assert not result.skipped and set(result.metrics) == {"accuracy"}
+    assert not result.skipped and not any(name.startswith("router/") for name in result.metrics)
 
 
 def test_the_balancer_sees_the_loads_of_all_micro_batches():

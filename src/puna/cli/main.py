@@ -114,8 +114,9 @@ def build_parser() -> Parser:
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights (default: as they are)")
     p.add_argument("--shards", type=count, metavar="N", help="--to meta: files (default: the most that fit, up to 8)")
     p.add_argument("--fp8", action="store_true", help="--to meta: routed experts in fp8, as in Meta's Maverick FP8")
-    p = command("report", "tools:report", "show a run's results")
-    p.add_argument("folder", metavar="RUN", help="a run's folder or its name in runs/")
+    p = command("report", "tools:report", "show a run's results, or several runs beside each other")
+    p.add_argument("folders", nargs="+", metavar="RUN", help="a run's folder or its name in runs/")
+    p.add_argument("--out", metavar="FILE.html", help="write the page there (several runs: default compare.html)")
 
     verbs = _group(commands, "recipe", "list, show and copy recipes")
     command("ls", "tools:recipe_ls", "list the recipes", verbs)
@@ -153,6 +154,8 @@ def _recipe(p: Parser) -> None:
     p.add_argument("--name", help="the run is kept in runs/NAME (default: the recipe's name)")
     p.add_argument("--seed", type=int, help="of weights and order")
     p.add_argument("--fresh", action="store_true", help="throw away what is there and start over")
+    p.add_argument("--track", action="append", default=[], choices=("tensorboard", "trackio", "wandb"),
+                   help="send the metrics there too (repeatable; pip install 'puna[track]')")  # fmt: skip
 
 
 def _model(p: Parser) -> None:

@@ -59,7 +59,8 @@ def stage(folder: Path) -> None:
             losses.append(row["loss"])
             seconds, tokens = seconds + row.get("seconds", 0.0), tokens + row.get("tokens", 0)
         elif "eval" in row:
-            evaluation = {k: v for k, v in row.items() if k not in ("step", "eval", "time")}
+            numbers = {k: v for k, v in row.items() if k not in ("step", "eval", "time") and not isinstance(v, list)}
+            evaluation = numbers or evaluation
     if losses:
         last = [loss for loss in losses[-20:] if loss is not None]
         mean = f"{sum(last) / len(last):.4f}" if last else "not finite"

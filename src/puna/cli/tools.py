@@ -23,7 +23,7 @@ def convert(args) -> None:
 
     from puna.convert.folder import write_folder
     from puna.convert.huggingface import HuggingFaceFormat
-    from puna.convert.load import identity, open_model
+    from puna.convert.load import identity, with_model
     from puna.convert.meta import MetaFormat
     from puna.convert.puna import CheckpointFormat
 
@@ -33,29 +33,38 @@ def convert(args) -> None:
     target = Path(args.target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):  # said before a long check, not after it
         raise PunaError(f"{target} exists already: remove it or choose another name")
-    store, processor = open_model(args.source)
-    form = {
-        "hf": lambda: HuggingFaceFormat(processor),
-        "puna": lambda: CheckpointFormat(processor),
-        "meta": lambda: MetaFormat(processor, args.shards, args.fp8),
-    }[args.to]()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("")
-        write_folder(
-            store, form, target, getattr(torch, args.dtype) if args.dtype else None, identity(store),
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
-    count = sum(shape.numel() for shape in store.shapes().values())
-    print(f"{target}: {count:,} parameters" + ("" if processor else ", without a tokenizer"))
+
+    def write(store, processor) -> None:
+        form = {
+            "hf": lambda: HuggingFaceFormat(processor, origin=getattr(store, "folder", None)),
+            "puna": lambda: CheckpointFormat(processor),
+            "meta": lambda: MetaFormat(processor, args.shards, args.fp8),
+        }[args.to]()
+        with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task("")
+            write_folder(
+                store, form, target, getattr(torch, args.dtype) if args.dtype else None, identity(store),
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )  # fmt: skip
+        count = sum(shape.numel() for shape in store.shapes().values())
+        print(f"{target}: {count:,} parameters" + ("" if processor else ", without a tokenizer"))
+
+    with_model(args.source, write)
 
 
 def report(args) -> None:
-    """A run's results, or how far it is."""
+    """A run's results, or how far it is; several runs on one page."""
+    from puna.eval.compare import compare, configuration
     from puna.eval.record import read_report
+    from puna.eval.report import rebuild
     from puna.stages import STAGES
 
-    folder = existing_run(args.folder)
+    folders = [existing_run(name) for name in args.folders]
+    if len(folders) > 1:
+        print(f"report   {compare(folders, Path(args.out or 'compare.html'))}")
+        return
+    folder = folders[0]
     stages = [stage for stage in STAGES if (folder / stage).is_dir()]
     for stage in stages:
         show.stage(folder / stage)
@@ -63,11 +72,13 @@ def report(args) -> None:
     if path.is_file():
         print()
         show.report(read_report(folder))
-        print(f"\nreport   {folder / 'report.html'}")
+        print(f"\nreport   {args.out or folder / 'report.html'}")
     elif stages:
         print("no evaluation yet: `puna raise` makes report.html at its end")
     else:
         raise PunaError(f"{folder} is no run: it has neither report.json nor a stage's folder")
+    if args.out:
+        rebuild(folder, Path(args.out), configuration(folder))
 
 
 def recipe_ls(args) -> None:

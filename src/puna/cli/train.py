@@ -14,10 +14,12 @@ from puna.fields import build, to_dict
 def raise_(args) -> None:
     """Raises a model, or goes on with it, and shows its report."""
     from puna import life
+    from puna.train import trackers
 
     run = run_config(args)
     folder = run_folder(run.name)
-    report = life.raise_model(run, folder, minutes=args.minutes, fresh=args.fresh)
+    trackers.check(tuple(args.track))
+    report = life.raise_model(run, folder, minutes=args.minutes, fresh=args.fresh, track=tuple(args.track))
     show.report(report)
     print(f"\nreport   {folder / 'report.html'}\ntalk     puna chat {folder}\nserve    puna serve {folder} --open")
     if args.serve:
@@ -32,9 +34,11 @@ def stage(args) -> None:
     from puna.lock import lock
     from puna.stages import RUN
     from puna.stages.common import fit_model, is_finished
+    from puna.train import trackers
 
     name = args.command
     run, init = stage_config(args, name)
+    trackers.check(tuple(args.track))
     folder = run_folder(run.name)
     with lock(folder):
         if args.fresh:
@@ -55,7 +59,7 @@ def stage(args) -> None:
             nursery.verify()
             validation = {lang: nursery.texts(lang, "val")[:1] for lang in nursery.LANGUAGES}
             RUN[name](run.with_model(model or fit_model(run.model, processor)), folder, processor, init,
-                      validation=validation)  # fmt: skip
+                      validation=validation, track=tuple(args.track))  # fmt: skip
     show.stage(folder / name)
 
 

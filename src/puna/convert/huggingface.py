@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from puna.convert.card import model_card
 from puna.convert.folder import write_folder
 from puna.convert.hf_config import config_from_hf, config_to_hf, is_multimodal
 from puna.convert.layout import SLICE_BYTES, FileStore, ModelStore, Piece, check
@@ -219,7 +220,7 @@ def export_hf(
     model: Llama4, processor: Processor | None, folder: str | os.PathLike, shard_bytes: int = SHARD_BYTES
 ) -> Path:
     """Writes a folder that transformers, vLLM and mlx-lm load: configuration, sharded safetensors, tokenizer,
-    processor, template.
+    processor, template, model card.
 
     Parameters are stored in their own dtype.  processor None: weights and configuration only.  Returns the folder.
     Errors: PunaError if the folder exists and is not empty, if tokenizer and model disagree, or if the disk refuses.
@@ -234,6 +235,7 @@ class HuggingFaceFormat:
     hashed: ClassVar[bool] = False
     processor: Processor | None = field(repr=False)
     shard_bytes: int = SHARD_BYTES
+    origin: Path | None = field(default=None, repr=False)  # the checkpoint of ours that is exported, for the card
 
     def plan(self, config: ModelConfig, dtypes: dict[str, torch.dtype], folder: Path) -> FileStore:
         """Lays the files out, in shards of at most `shard_bytes` (one tensor at least)."""
@@ -265,11 +267,13 @@ class HuggingFaceFormat:
             (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
         for name, value in self._configuration(config, dtypes).items():
             _write_json(folder / name, value)
+        (folder / "README.md").write_text(model_card(config, self.origin), encoding="utf-8")
 
     def _configuration(self, config: ModelConfig, dtypes: dict[str, torch.dtype]) -> dict[str, dict]:
         dtype = str(dtypes["tok_embeddings.weight"]).removeprefix("torch.")
         ids = _token_ids(self.processor, config) if self.processor is not None else {}
-        files = {"config.json": config_to_hf(config, dtype, ids), "generation_config.json": _generation_config(ids)}
+        files = {"config.json": config_to_hf(config, dtype, ids)}
+        files["generation_config.json"] = _generation_config(config, ids)
         return files | (_processor_files(self.processor, config, ids) if self.processor is not None else {})
 
 
@@ -300,9 +304,10 @@ def _token_ids(processor: Processor, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _generation_config(ids: dict[str, Any]) -> dict:
+def _generation_config(config: ModelConfig, ids: dict[str, Any]) -> dict:
     tokens = {key: ids[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in ids}
-    return tokens | {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "attn_temperature_tuning": True}
+    tuning = config.temperature_tuning  # said even where it is off: vLLM would switch it on past 32,768 tokens
+    return tokens | {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "attn_temperature_tuning": tuning}
 
 
 def _processor_files(processor: Processor, config: ModelConfig, ids: dict[str, Any]) -> dict[str, dict]:

@@ -88,7 +88,19 @@ class FileStore:
         return self.table[self.pieces[name][0].key].dtype
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start..stop of a parameter. Errors: PunaError where copies of one tensor differ."""
+        """Rows start..stop of a parameter. Errors: PunaError where copies of one tensor differ, and for NaN and
+        infinity, which no model can compute with."""
+        rows = self.gather(name, start, stop)
+        if not finite(rows):
+            piece = self.pieces[name][0]
+            raise PunaError(
+                f"tensor {piece.key[1]} in {self.table[piece.key].path} holds NaN or infinity: it is damaged or was "
+                "saved so; take another checkpoint"
+            )
+        return rows
+
+    def gather(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop of a parameter, out of its pieces."""
         if len(self.pieces[name]) == 1:
             return self.read_piece(name, self.pieces[name][0], start, stop)
         shape = parameter_shape(self.pieces[name])
@@ -121,6 +133,12 @@ class FileStore:
             whole.T[first : first + len(rows)] = rows
             first, rows = 0, whole
         stored.write(first, rows)
+
+
+def finite(values: Tensor) -> bool:
+    """Whether no number is NaN or infinite. A sum is one pass at the memory's speed and shows any of them; only where
+    it is not finite itself, which sums of float16 can be, the numbers are looked at one by one (20 times slower)."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def _seen(stored: Stored, piece: Piece) -> Stored:

@@ -56,12 +56,18 @@ def load(
 
 def open_model(path: str | os.PathLike) -> tuple[FileStore, Processor | None]:
     """The same folders as `load`, their parameters found and checked but not read: (store, processor)."""
+    return with_model(path, lambda store, processor: (store, processor))
+
+
+def with_model(path: str | os.PathLike, use: Callable[[FileStore, Processor | None], Found]) -> Found:
+    """`use(store, processor)` of what `open_model` finds. Damage of a stage's newest checkpoint may show only while
+    `use` reads it: then there is a warning, and `use` is called again with the checkpoint before."""
     folder = find(path)
     if checkpoints(folder):
-        return _newest(folder, open_checkpoint)
+        return _newest(folder, lambda place: use(*open_checkpoint(place)))
     if _is_checkpoint(folder):
-        return open_checkpoint(folder)
-    return open_meta(folder) if is_meta(folder) else open_hf(folder)
+        return use(*open_checkpoint(folder))
+    return use(*(open_meta(folder) if is_meta(folder) else open_hf(folder)))
 
 
 def find(path: str | os.PathLike) -> Path:

@@ -1,10 +1,12 @@
 """puna's own checkpoint: `model.safetensors` under the model's own names, `run.json`, tokenizer.json and
 processor.json.
 
-    run.json  {"format": 1, "config": {"model": {...}, ...}, "step": 1200, "finished": true, "hashes": {name: sha256}}
+    run.json  {"format": 1, "config": {"model": {...}, ...}, "step": 1200, "finished": true, "hashes": {name: sha256},
+               "files": {name: sha256}, "sha256": of this text}
 
-Every tensor's bytes have a SHA-256 in run.json, verified while reading: a bit that flipped on a disk is found on
-loading, with the tensor's name, not three days later in a loss curve.  safetensors and JSON only: no pickle, so a
+Every tensor's bytes have a SHA-256 in run.json, verified while reading, and so have the other files and run.json
+itself: a bit that flipped on a disk is found on loading, with the tensor's or file's name, not three days later in a
+loss curve.  safetensors and JSON only: no pickle, so a
 checkpoint can't run code.
 
 A *stage* folder holds `step-XXXXXXXX` folders; the trainer (`train/checkpoint.py`) writes optimizer and random state
@@ -18,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,11 +42,43 @@ from puna.processor import Processor
 FORMAT = 1
 MODEL_FILE = "model.safetensors"
 RUN_FILE = "run.json"
+UNSEALED = "0" * 64
 STEP = re.compile(r"step-(\d+)$")
 
 
 class CorruptCheckpoint(PunaError):
     """The files of this checkpoint are damaged; an older one may not be."""
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file; of safetensors of its header alone, since each tensor behind it has its own."""
+    with open(path, "rb") as file:
+        if path.suffix == ".safetensors":
+            start = file.read(8)
+            size = min(int.from_bytes(start, "little"), path.stat().st_size)
+            return hashlib.sha256(start + file.read(size)).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_run(folder: Path, record: dict) -> None:
+    """Writes run.json, last of a checkpoint's files: with the hash of each of the others, and of its own text (in which
+    the 64 digits stand as zeros). So a byte that flips in any file is found."""
+    files = {p.name: file_hash(p) for p in sorted(folder.iterdir()) if p.name != RUN_FILE and p.name[0] != "."}
+    text = json.dumps(record | {"files": files, "sha256": UNSEALED}, indent=1) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (folder / RUN_FILE).write_text(text.replace(UNSEALED, digest), encoding="utf-8")
+
+
+def verify_files(folder: Path, run: dict, names: Iterable[str]) -> None:
+    """Compares files with their hashes in run.json. Errors: CorruptCheckpoint naming the file. A checkpoint of before
+    there were such hashes has none, and passes."""
+    for name in names:
+        expected = run.get("files", {}).get(name)
+        try:
+            if expected is not None and file_hash(folder / name) != expected:
+                raise CorruptCheckpoint(f"{folder / name} does not match its hash: take another checkpoint")
+        except OSError as error:
+            raise CorruptCheckpoint(f"{folder / name} can't be read ({error.strerror or error})") from None
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -89,8 +124,7 @@ class CheckpointFormat:
         record = {"format": FORMAT, "config": {"model": config.to_dict()}, "step": self.step, "finished": True}
         if self.processor is not None:
             self.processor.save(folder)
-        text = json.dumps(record | self.run | {"hashes": hashes}, indent=2)
-        (folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+        write_run(folder, record | self.run | {"hashes": hashes})
 
 
 def _pieces(shapes: dict[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
@@ -103,6 +137,11 @@ def read_run(folder: Path) -> dict:
         run = read_json(folder / RUN_FILE)
     except PunaError as error:
         raise CorruptCheckpoint(str(error)) from None
+    digest = run.get("sha256")
+    if digest is not None or "files" in run:
+        text = (folder / RUN_FILE).read_text(encoding="utf-8").replace(str(digest), UNSEALED)
+        if hashlib.sha256(text.encode()).hexdigest() != digest:
+            raise CorruptCheckpoint(f"{folder / RUN_FILE} does not match its own hash: it is damaged or was edited")
     if run.get("format") != FORMAT:
         raise PunaError(
             f"{folder / RUN_FILE} has format {run.get('format')!r}, this puna reads {FORMAT}: use a newer puna"
@@ -147,6 +186,7 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointStore, Processor | None]:
         check(store, str(folder), lambda name: False, WEIGHTS)
     except PunaError as error:
         raise CorruptCheckpoint(str(error)) from None
+    verify_files(folder, run, (MODEL_FILE, "tokenizer.json", "processor.json"))  # behind what names a tensor
     has_processor = (folder / "tokenizer.json").is_file() and (folder / "processor.json").is_file()
     return store, Processor.load(folder) if has_processor else None
 
@@ -160,7 +200,10 @@ class CheckpointStore(FileStore):
         self.digests: dict[str, Any] = {}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        rows = super().read(name, start, stop)
+        try:
+            rows = super().read(name, start, stop)
+        except PunaError as error:
+            raise CorruptCheckpoint(str(error)) from None
         if start == 0:
             self.digests[name] = hashlib.sha256()
         self.digests[name].update(rows.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -59,8 +59,8 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Short: 12k, 1.5, 0.02."""
-    for size, mark in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    """Short: 3T, 12k, 1.5, 0.02."""
+    for size, mark in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if mark == 'k' else size):.3g}{mark}"
     return f"{value:.3g}"
@@ -110,6 +110,40 @@ def line_chart(
         else:
             parts.append(f'<polyline class="line {kind}{" faint" if s.faint else ""}" points="{place}"/>')
     parts += _labels([s for s in drawn if not s.faint], py)
+    return Markup("".join([*parts, "</svg>"]))
+
+
+def heat(label: str, rows: Sequence[tuple[str, Sequence[tuple[float, float]]]], low: float, high: float,
+         breaks: Sequence[tuple[float, str]] = ()) -> Markup:  # fmt: skip
+    """A map: a row for each name, steps to the right, from `low` (pale) to `high` (strong), both said beside it; empty
+    text when no row has a point. rows: (name, (x, y) points), the first row at the top."""
+    drawn = [(name, thin(points, 60)) for name, points in rows if points]
+    if not drawn:
+        return Markup("")
+    xs = [x for _, points in drawn for x, _ in points]
+    low_x, high_x = min(xs), max(xs)
+    tall = (HEIGHT - TOP - BOTTOM) / len(drawn)
+
+    def px(x: float) -> float:
+        return LEFT + (x - low_x) / max(high_x - low_x, 1e-9) * (WIDTH - LEFT - RIGHT)
+
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
+    for i, (name, points) in enumerate(drawn):
+        y = TOP + i * tall
+        if i % math.ceil(len(drawn) / 16) == 0:
+            parts.append(f'<text x="{LEFT - 6}" y="{y + tall / 2 + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        ends = [*(px(x) for x, _ in points[1:]), float(WIDTH - RIGHT)]
+        for (x, value), end in zip(points, ends, strict=True):
+            strength = min(1.0, max(0.0, (value - low) / (high - low))) if high > low else 0.0
+            parts.append(f'<rect class="heat" x="{px(x):.1f}" y="{y:.1f}" width="{max(0.5, end - px(x)):.1f}" '
+                         f'height="{tall:.1f}" fill-opacity="{0.04 + 0.96 * strength:.2f}"/>')  # fmt: skip
+    for x, name in breaks:
+        parts.append(f'<line class="break" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{TOP - 4}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<text class="stage" x="{px(x) + 4:.1f}" y="{TOP - 3}">{escape(name)}</text>')
+    for x in ticks(low_x, high_x, 5):
+        parts.append(f'<text x="{px(x):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number(x)}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT + 6}" y="{TOP + 10}">{number(high)}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT + 6}" y="{HEIGHT - BOTTOM}">{number(low)}</text>')
     return Markup("".join([*parts, "</svg>"]))
 
 

@@ -154,19 +154,19 @@ def stages(folder: Path, config: Mapping[str, Any]) -> dict[str, dict]:
         capabilities: dict[str, float] = {}
         for name, tokens in sources.items():
             capabilities[capability(name)] = capabilities.get(capability(name), 0) + tokens
-        seq_len = _seq_len(stage, config)
+        length = seq_len(stage, config)
         entry = {
             "steps": len(lines), "tokens": sum(line["tokens"] for line in lines),
             "valid": sum(line.get("valid", 0) for line in lines), "skipped": sum(bool(x.get("skipped")) for x in lines),
-            "seconds": round(sum(line.get("seconds", 0.0) for line in lines), 2), "seq_len": seq_len,
+            "seconds": round(sum(line.get("seconds", 0.0) for line in lines), 2), "seq_len": length,
             "loss": next((line["loss"] for line in reversed(lines) if line.get("loss") is not None), None),
             "sources": _rounded(sources), "capabilities": _rounded(capabilities),
         }  # fmt: skip
         if any("tiles" in line for line in lines):
             entry["tiles"] = sum(line.get("tiles", 0) for line in lines)
-        if shape is not None and seq_len:
+        if shape is not None and length:
             alone = stage.name == "vision"  # the tower alone, its tokens compared with all (fixed) embeddings
-            token = 4 * shape.vocab_size * shape.d_model if alone else flops_per_token(shape, seq_len)
+            token = 4 * shape.vocab_size * shape.d_model if alone else flops_per_token(shape, length)
             entry["flops"] = token * entry["tokens"] + flops_per_tile(shape) * entry.get("tiles", 0)
         found[stage.name] = entry
     return found
@@ -176,7 +176,8 @@ def _rounded(values: Mapping[str, float]) -> dict[str, int]:
     return {name: round(value) for name, value in sorted(values.items(), key=lambda pair: (-pair[1], pair[0]))}
 
 
-def _seq_len(stage: Path, config: Mapping[str, Any]) -> int | None:
+def seq_len(stage: Path, config: Mapping[str, Any]) -> int | None:
+    """Tokens of a stage's rows, as its newest checkpoint says, else the run's configuration."""
     run = checkpoint.newest(stage)
     own = run["config"] if run else config.get(stage.name, {})
     return (own.get("data") or {}).get("seq_len") if isinstance(own, Mapping) else None

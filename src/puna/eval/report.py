@@ -11,6 +11,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from puna.eval import plots, record
 from puna.eval.rows import BITS, Row, Sample
 from puna.eval.template import PAGE, STYLE
 from puna.processor.grounding import parse_boxes
+from puna.tasks.pictures import PictureRef
 from puna.train import metrics
 
 COLOURS = ("var(--t0)", "var(--t1)", "var(--t2)", "var(--t3)", "var(--quiet)", "var(--ink)")
@@ -36,22 +38,30 @@ def write(
     the disk refuses.
     """
     values = record.result_json(rows, config, seconds, Path(folder), samples)
-    _save(Path(folder) / "report.html", page(Path(folder), values))
-    _save(Path(folder) / "report.json", json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    save(Path(folder) / "report.html", page(Path(folder), values))
+    save(Path(folder) / "report.json", json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return values
 
 
-def rebuild(folder: str | Path) -> Path:
-    """Makes report.html of an existing run again, from its report.json and metrics; returns its path.
+def rebuild(folder: str | Path, out: Path | None = None, config: Any = None) -> Path:
+    """Makes the page of an existing run again, from its report.json and metrics, in `out` (None: its report.html).
 
-    Errors: PunaError when report.json is missing or damaged.
+    config: the configuration of a run that has no report.json yet, whose page then shows how far it is. Returns the
+    page's path. Errors: PunaError when report.json is damaged, or missing where no config is given.
     """
-    path = Path(folder) / "report.html"
-    _save(path, page(Path(folder), record.read_report(Path(folder))))
+    folder = Path(folder)
+    path = out or folder / "report.html"
+    if config is None or (folder / "report.json").is_file():
+        values = record.read_report(folder)
+    else:
+        stages = record.stages(folder, config)
+        values = record.result_json([], config, {name: stage["seconds"] for name, stage in stages.items()}, folder)
+    save(path, page(folder, values))
     return path
 
 
-def _save(path: Path, text: str) -> None:
+def save(path: Path, text: str) -> None:
+    """Writes a page or a result whole, or leaves what was there. PunaError when the disk refuses."""
     work = path.with_name(f".{path.name}.tmp")
     try:
         work.write_text(text, encoding="utf-8")
@@ -59,26 +69,28 @@ def _save(path: Path, text: str) -> None:
     except OSError as error:
         raise PunaError(f"can't write {path}: {error.strerror or error}; free some disk space and run again") from error
     finally:
-        work.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk even this is refused
+            work.unlink(missing_ok=True)
 
 
 def page(folder: Path, values: Mapping[str, Any]) -> str:
     """The whole report as one HTML page without external resources or scripts."""
-    rows = [_row(row) for row in values["results"]]
+    rows = [row(each) for each in values["results"]]
     judged = [row for row in rows if row["met"] is not None]
     model = values.get("model") or {"name": folder.name}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
     stages = values.get("stages") or {}
     return environment.from_string(PAGE).render(
         style=Markup(STYLE), model={"sha256": "", "finished": True} | model, versions=values["versions"],
-        device={"gpu": None} | values["device"], commit=values["commit"], raised=_time(values["seconds"]),
+        device={"gpu": None} | values["device"], commit=values["commit"], raised=duration(values["seconds"]),
         goals=len(judged), met=sum(row["met"] for row in judged),
         missed=[f"{row['name']} ({row['shown']}, goal {row['goal'] or 'below chance'})" for row in judged
                 if not row["met"]],
         headline=[row for row in rows if _headline(row["name"])], languages=_languages(rows),
         samples=[_sample(Sample.from_dict(sample)) for sample in values.get("samples", [])],
-        facts=_facts(model), charts=charts(folder), stages=[_stage(name, each) for name, each in stages.items()],
-        parts=[(name, _time(took)) for name, took in values.get("parts", {}).items()],
+        facts=_facts(model), charts=charts(folder), said=said(folder),
+        stages=[_stage(name, each) for name, each in stages.items()],
+        parts=[(name, duration(took)) for name, took in values.get("parts", {}).items()],
         tiles=any("tiles" in each for each in stages.values()), counting=_counting(folder),
         configuration=json.dumps(values["config"], indent=1, ensure_ascii=False),
     )  # fmt: skip
@@ -93,8 +105,8 @@ def _headline(name: str) -> bool:
     return kind not in ("naming", "bpb") or rest in ("en", "en/shuffled", "code")
 
 
-def _row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row as text."""
+def row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of report.json as text."""
     bits = row["unit"] == BITS
 
     def shown(value: float | None, digits: int = 1) -> str:
@@ -186,9 +198,10 @@ def _stage(name: str, stage: Mapping[str, Any]) -> dict[str, Any]:
         })  # fmt: skip
     return {
         "name": name, "steps": f"{stage['steps']:,}", "tokens": f"{stage['tokens']:,}", "valid": f"{stage['valid']:,}",
-        "seq_len": stage.get("seq_len") or "", "time": _time(seconds), "skipped": stage["skipped"], "mixture": mixture,
-        "rate": f"{stage['tokens'] / seconds:,.0f}" if seconds else "", "flops": _power(flops),
-        "speed": _power(flops / seconds) if flops and seconds else "",
+        "seq_len": stage.get("seq_len") or "", "time": duration(seconds), "skipped": stage["skipped"],
+        "mixture": mixture,
+        "rate": f"{stage['tokens'] / seconds:,.0f}" if seconds else "", "flops": power(flops),
+        "speed": power(flops / seconds) if flops and seconds else "",
         "loss": "" if stage["loss"] is None else f"{stage['loss']:.3f}",
     }  # fmt: skip
 
@@ -211,13 +224,14 @@ def _counting(folder: Path) -> str:
     return "Tokens fed, padding not counted, shared among the sources of a step by their rows."
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """1.5 s, 12 min, 2.3 h."""
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _power(value: float | None) -> str | Markup:
+def power(value: float | None) -> str | Markup:
     """1.2 × 10¹²."""
     if not value:
         return ""
@@ -228,16 +242,63 @@ def _power(value: float | None) -> str | Markup:
 # ---- curves ---------------------------------------------------------------------------------------------------------
 
 
-def charts(folder: Path) -> list[tuple[Markup, Markup]]:
-    """(title, chart) of everything that was logged, all stages one after the other."""
+LAYERS = (  # title, list of "router/layers", and the map's ends; None: as measured
+    ("Busiest expert's load over the mean, by layer", "max_load", 1.0, None),
+    ("Entropy of the load, by layer", "entropy", None, 1.0),
+    ("Share of experts without a token, by layer", "dead", 0.0, None),
+)
+
+
+def course(folder: Path) -> tuple[list, list, list]:
+    """All stages one after the other: (steps, evaluations of bits per byte, breaks), the first two as (x, line)."""
     steps, evaluations, breaks, offset = [], [], [], 0
     for stage in record.stage_folders(folder):
         lines = metrics.read(stage / "metrics.jsonl")
-        own = [line for line in lines if "loss" in line]
         breaks.append((offset, stage.name))
-        steps += [(offset + line["step"], line) for line in own]
+        steps += [(offset + line["step"], line) for line in lines if "loss" in line]
         evaluations += [(offset + line["step"], line) for line in lines if line.get("eval") == "bpb"]
         offset += max((line["step"] for line in lines), default=-1) + 1
+    return steps, evaluations, breaks
+
+
+def _by_layer(title: str, steps, name: str, least: float | None, most: float | None, breaks) -> Markup:
+    """The map of a router's measure: layers down, steps to the right."""
+    lines = [(x, line["router/layers"][name]) for x, line in steps if "router/layers" in line]
+    depth = max((len(values) for _, values in lines), default=0)
+    rows = [(str(i), [(x, values[i]) for x, values in lines if i < len(values)]) for i in range(depth)]
+    seen = [y for _, points in rows for _, y in plots.thin(points, 60)]
+    if not seen:
+        return Markup("")
+    return plots.heat(title, rows, min(seen) if least is None else least, max(seen) if most is None else most, breaks)
+
+
+def _by_part(steps, breaks) -> Markup:
+    """Gradient norms of the model's parts, smoothed."""
+    parts = sorted({key for _, line in steps for key in line if key.startswith("grad/")})
+    tones = {"grad/attention": 0, "grad/experts": 1, "grad/router": 2, "grad/vision": 3}
+    series = []
+    for part in sorted(parts, key=lambda p: p in tones):
+        points = plots.finite((x, line.get(part)) for x, line in steps)
+        series.append(plots.Series(part.removeprefix("grad/"), plots.thin(plots.smooth(points)), tones.get(part)))
+    return plots.line_chart("gradient norm by part", series, breaks, zero=True)
+
+
+def said(folder: Path) -> list[dict[str, Any]]:
+    """What the model answered to the same prompts while it learnt: one entry a prompt, its answers in order."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for stage in record.stage_folders(folder):
+        for line in metrics.read(stage / "metrics.jsonl"):
+            for each in line.get("answers") or []:
+                key = (each["prompt"], json.dumps(each["picture"]))
+                shown = each["picture"] and _picture(PictureRef.from_json(each["picture"]), "", "")
+                entry = found.setdefault(key, {"prompt": each["prompt"], "picture": shown, "answers": []})
+                entry["answers"].append((f"{stage.name} {line['step']:,}", each["text"]))
+    return list(found.values())
+
+
+def charts(folder: Path) -> list[tuple[Markup, Markup]]:
+    """(title, chart) of everything that was logged, all stages one after the other."""
+    steps, evaluations, breaks = course(folder)
 
     def column(name: str, scale: float = 1.0) -> list[tuple[float, float]]:
         return plots.finite((x, line[name] * scale if line.get(name) is not None else None) for x, line in steps)
@@ -263,9 +324,12 @@ def charts(folder: Path) -> list[tuple[Markup, Markup]]:
         smoothed("Loss, nats per learned token", "loss"),
         ("Bits per byte of held-out text, by language", plots.line_chart("bits per byte", bits, breaks)),
         smoothed("Busiest expert, load over the mean", "router/max_load"),
+        smoothed("Evenness of the experts' load: its entropy, 1 is even", "router/entropy"),
         smoothed("Experts without a token, %", "router/dead", True, 100),
         smoothed("Routes that the balance bias changed, %", "router/flip_share", True, 100),
+        *[(title, _by_layer(title, steps, name, least, most, breaks)) for title, name, least, most in LAYERS],
         smoothed("Gradient norm before clipping", "grad_norm", True),
+        ("Gradient norm by part", _by_part(steps, breaks)),
         ("Tokens per second", plots.line_chart("tokens per second", lines, breaks, zero=True)),
         smoothed("Learning rate", "lr", True),
     ]

@@ -33,6 +33,7 @@ th.n, td.n { text-align: right; } td.wrap { white-space: normal; }
 .charts > div { min-width: 0; } .chart { width: 100%; height: auto; display: block; }
 .chart text { font-size: 11px; fill: var(--quiet); } .chart .grid { stroke: var(--line); }
 .chart .break { stroke: var(--quiet); stroke-dasharray: 3 4; opacity: .6; } .chart .stage { font-size: 10.5px; }
+.chart .heat { fill: var(--t0); }
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; } .line.faint { stroke-width: 1; opacity: .3; }
 .line.t0 { stroke: var(--t0); } .line.t1 { stroke: var(--t1); } .line.t2 { stroke: var(--t2); }
 .line.t3 { stroke: var(--t3); } .line.tq { stroke: var(--quiet); opacity: .55; stroke-width: 1.1; }
@@ -118,6 +119,14 @@ and, dashed, <span style="color:#1f9d55">the truth</span>.</p>
 <div class="charts">{% for title, chart in charts %}<div><h3>{{ title }}</h3>{{ chart }}</div>
 {% endfor %}</div></section>{% endif %}
 
+{% if said %}<section><h2>What it said while it learned</h2>
+<p class="quiet"><small>The same prompts at every evaluation, answered greedily. An empty prompt is a picture with
+nothing beside it, at the beginning of a document.</small></p>
+<div class="samples" id="said">{% for s in said %}<figure>{{ s.picture or "" }}<figcaption>
+<p class="ask">{{ s.prompt or "(the picture alone)" }}</p>
+{% for when, text in s.answers %}<p><small class="quiet">{{ when }}</small><br>{{ text or "(nothing)" }}</p>
+{% endfor %}</figcaption></figure>{% endfor %}</div></section>{% endif %}
+
 {% if stages %}<section><h2>Time and work</h2>
 <div class="scroll"><table id="stages"><tr><th>stage<th class="n">steps<th class="n">tokens<th class="n">learned from
 <th class="n">row length<th class="n">training time<th class="n">tokens/s<th class="n">FLOPs<th class="n">FLOP/s
@@ -150,5 +159,43 @@ class="quiet">{{ m.sources }}</small></tr>
 {{ value }}{% if not loop.last %} · {% endif %}{% endfor %}<br>{{ device.cpu }}, {{ device.cores }} cores,
 {{ device.threads }} threads</small></p>
 <details><summary>The whole configuration</summary><pre>{{ configuration }}</pre></details></section>
+</main></body></html>
+"""
+
+COMPARE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ runs | map(attribute="name") | join(" · ") }} · puna runs</title>
+<style>{{ style }}</style>
+</head>
+<body><main>
+<header><h1>{{ runs | length }} runs beside each other</h1></header>
+<section><div class="scroll"><table id="runs"><tr><th>run<th>stages<th class="n">steps<th class="n">tokens
+<th class="n">FLOPs<th class="n">training time<th class="n">tokens/s</tr>
+{% for r in runs %}<tr><td><i style="display:inline-block;width:.7em;height:.7em;border-radius:.2em;background:{{
+tones[loop.index0] }}"></i> {{ r.name }}<td>{{ r.stages }}<td class="n">{{ r.steps }}<td class="n">{{ r.tokens }}
+<td class="n">{{ r.flops }}<td class="n">{{ r.seconds }}<td class="n">{{ r.rate }}</tr>
+{% endfor %}</table></div></section>
+
+{% if rows %}<section><h2>What they can do</h2>
+<div class="scroll"><table id="rows"><tr><th>row{% for r in runs %}<th class="n">{{ r.name }}{% endfor %}</tr>
+{% for name, cells in rows %}<tr><td>{{ name }}{% for c in cells %}<td class="n">{% if c %}{{ c.shown }}
+{% if c.error %}<small class="quiet">± {{ c.error }}</small>{% endif %}{% else %}<span class="quiet">–</span>{% endif %}
+{% endfor %}</tr>
+{% endfor %}</table></div></section>{% endif %}
+
+<section><h2>How they learned</h2>
+<p class="quiet"><small>All stages one after the other. At equal FLOPs the lower loss is the better recipe.</small></p>
+<div class="charts">{% for title, chart in charts %}<div><h3>{{ title }}</h3>{{ chart }}</div>
+{% endfor %}</div></section>
+
+<section><h2>Where their settings differ</h2>
+{% if differences %}<div class="scroll"><table id="differences"><tr><th>setting{% for r in runs %}<th>{{ r.name }}
+{% endfor %}</tr>
+{% for path, values in differences %}<tr><td><code>{{ path }}</code>{% for v in values %}<td class="wrap"><code>{{ v
+}}</code>{% endfor %}</tr>
+{% endfor %}</table></div>{% else %}<p>Nowhere.</p>{% endif %}</section>
 </main></body></html>
 """

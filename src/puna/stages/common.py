@@ -11,7 +11,7 @@ import torch
 from puna import convert
 from puna.data import Batches, build
 from puna.errors import PunaError
-from puna.eval import bpb_evaluation
+from puna.eval import answers_evaluation, bpb_evaluation
 from puna.fields import to_dict
 from puna.model import Llama4, ModelConfig
 from puna.processor import Processor
@@ -42,12 +42,13 @@ def start_model(run: StageRun, processor: Processor, init: str | Path | None) ->
 def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Path | None = None,
               validation: Mapping[str, list[str]] | None = None, quiet: bool = False,
               read: type[Batches] = Batches, term: Callable[[Llama4], Term] | None = None, only: str = "",
-              ) -> Llama4:  # fmt: skip
+              track: tuple[str, ...] = ()) -> Llama4:  # fmt: skip
     """Trains one stage in `folder`/<stage>, or goes on with it; returns the finished model.
 
     init: what to start from where the stage has no checkpoint of its own. validation: texts by language for bits per
-    byte during training. read: what makes batches of rows. term: the loss, made for the model (None: next token).
-    only: parameters whose names begin otherwise stay as they are. Errors: PunaError, with nothing half-written.
+    byte during training, beside which the model answers a few prompts. read: what makes batches of rows. term: the
+    loss, made for the model (None: next token). only: parameters whose names begin otherwise stay as they are. track:
+    trackers of its metrics. Errors: PunaError, with nothing half-written.
     """
     model = start_model(run, processor, init)
     display = Display(run.stage, 1, quiet=quiet)
@@ -65,12 +66,15 @@ def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Pat
     evaluations = ()
     if validation:
         evaluate = bpb_evaluation(processor, validation, window=run.data.seq_len)
-        evaluations = (Evaluation("bpb", run.train.eval_every, evaluate),)
+        evaluations = (
+            Evaluation("bpb", run.train.eval_every, evaluate),
+            Evaluation("samples", run.train.eval_every, answers_evaluation(processor)),
+        )
     record = to_dict(run) | {"model": model.config.to_dict(), "init": None if init is None else str(init)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(only))
     job = Job(run.stage, folder / run.stage, model, processor, batches, run.train, record,
-              term(model) if term else NextToken(), evaluations, quiet)  # fmt: skip
+              term(model) if term else NextToken(), evaluations, quiet, track=track)  # fmt: skip
     return train(job).requires_grad_()
 
 

@@ -10,7 +10,6 @@ The data needs no state of its own, because its order is a function of the step.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -24,7 +23,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from puna.convert.puna import FORMAT, MODEL_FILE, RUN_FILE, STEP, CorruptCheckpoint, read_run, tensor_hash, write_model
+from puna.convert.layout import finite
+from puna.convert.puna import (
+    FORMAT,
+    MODEL_FILE,
+    STEP,
+    CorruptCheckpoint,
+    read_run,
+    tensor_hash,
+    verify_files,
+    write_model,
+    write_run,
+)
 from puna.errors import PunaError
 from puna.model import Llama4
 from puna.processor.files import sync_folder
@@ -76,7 +86,7 @@ def save(stage: Path, step: int, finished: bool, record: dict, model: Llama4, pr
         }  # fmt: skip
         if processor is not None:
             processor.save(work)
-        (work / RUN_FILE).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        write_run(work, run)
         for file in work.iterdir():
             with open(file, "rb+") as handle:
                 os.fsync(handle.fileno())
@@ -103,12 +113,16 @@ def steps(stage: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(STEP.search(p.name).group(1)), reverse=True)
 
 
-def prune(stage: Path, keep: int, done: int) -> None:
-    """Removes all but the newest `keep` checkpoints up to step `done`, what lies beyond it (damaged, or the run would
-    not have gone back behind it), and what a killed writer left."""
-    beyond = [p for p in steps(stage) if int(STEP.search(p.name).group(1)) > done]
-    for old in beyond + steps(stage)[len(beyond) + keep :]:
-        shutil.rmtree(old, ignore_errors=True)
+def prune(stage: Path, keep: int, done: int, every: int = 0) -> None:
+    """Removes all but the newest `keep` checkpoints up to step `done` and those at a multiple of `every` steps (0:
+    none), what lies beyond it (damaged, or the run would not have gone back behind it), and what a killed writer left.
+    """
+    found = [(int(STEP.search(p.name).group(1)), p) for p in steps(stage)]
+    within = [(step, p) for step, p in found if step <= done]
+    kept = within[:keep] + [(step, p) for step, p in within if every and step % every == 0]
+    for step_and_path in found:
+        if step_and_path not in kept:
+            shutil.rmtree(step_and_path[1], ignore_errors=True)
     for stale in stage.glob(".step-*"):
         shutil.rmtree(stale, ignore_errors=True)
 
@@ -121,6 +135,8 @@ def _tensors(path: Path, hashes: dict[str, str]) -> dict[str, Tensor]:
     for name in hashes.keys() | tensors.keys():
         if name not in tensors or hashes.get(name) != tensor_hash(tensors[name]):
             raise CorruptCheckpoint(f"{path}: tensor {name} does not match its hash")
+        if tensors[name].is_floating_point() and not finite(tensors[name]):
+            raise CorruptCheckpoint(f"{path}: tensor {name} holds NaN or infinity, and was saved so")
     return tensors
 
 
@@ -132,6 +148,7 @@ def restore(folder: Path, model: Llama4, optimizer: torch.optim.Optimizer, balan
     run = read_run(folder)
     weights = _tensors(folder / MODEL_FILE, run["hashes"])
     training = _tensors(folder / OPTIMIZER_FILE, run.get("training_hashes") or {})
+    verify_files(folder, run, run.get("files", {}))
     parameters = dict(model.named_parameters())
     if weights.keys() != parameters.keys():
         name = sorted(weights.keys() ^ parameters.keys())[0]

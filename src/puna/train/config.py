@@ -38,7 +38,8 @@ class TrainConfig:
     heap_mb: int = 0  # MiB of heap mapped before the first step (train/memory.py); about what a step needs
     slice: int = 1024  # positions per slice of the loss
     checkpoint_every: int = 200
-    keep: int = 2  # checkpoints kept of an unfinished stage
+    keep: int = 2  # newest checkpoints kept of an unfinished stage; of a finished one, the last
+    keep_every: int = 0  # and every n-th checkpoint for good, finished or not; 0: none
     eval_every: int = 100
 
     def __post_init__(self):
@@ -50,7 +51,7 @@ class TrainConfig:
         for name in ("lr", "clip", "eps"):
             if not getattr(self, name) > 0:
                 raise PunaError(f"train.{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup", "warmup_head", "threads", "heap_mb"):
+        for name in ("warmup", "warmup_head", "threads", "heap_mb", "keep_every"):
             if getattr(self, name) < 0:
                 raise PunaError(f"train.{name} must not be negative, got {getattr(self, name)}")
         for group, multiplier in self.multipliers.items():

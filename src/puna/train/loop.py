@@ -31,25 +31,25 @@ from puna.train.config import TrainConfig
 from puna.train.metrics import Display, MetricsFile
 from puna.train.step import Balancer, train_step
 from puna.train.terms import NextToken, Term
+from puna.train.trackers import Tracker
 
 
 class Stopped(Exception):
     """The run was asked to stop by a signal, has saved a checkpoint, and can be resumed."""
 
     def __init__(self, number: int, step: int):
-        super().__init__(
-            f"stopped by {signal.Signals(number).name} after step {step}; the same command goes on"
-        )
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; the same command goes on")
         self.code = 128 + number
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`run(model)` -> {name: value}, called every `every` steps and after the last one."""
+    """`run(model)` -> {name: value}, called every `every` steps and after the last one. Values are numbers, or what
+    else JSON can say; only numbers are shown and tracked."""
 
     name: str
     every: int
-    run: Callable[[Llama4], dict[str, float]]
+    run: Callable[[Llama4], dict[str, Any]]
 
 
 @dataclass
@@ -66,6 +66,7 @@ class Job:
     term: Term = field(default_factory=NextToken)
     evaluations: tuple[Evaluation, ...] = ()
     quiet: bool = False
+    track: tuple[str, ...] = ()  # trackers that follow metrics.jsonl (train/trackers.py)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -119,7 +120,9 @@ def train(job: Job) -> Llama4:
         return _finish(model, balancer)
     if kept:
         memory.grow_heap(config.heap_mb << 20)
-    metrics = MetricsFile(job.folder / "metrics.jsonl", done)
+    title = f"{job.folder.resolve().parent.name}/{job.name}"
+    trackers = [Tracker(name, job.folder, title, job.record) for name in dict.fromkeys(job.track)]
+    metrics = MetricsFile(job.folder / "metrics.jsonl", done, [tracker.follow for tracker in trackers])
     display = Display(job.name, config.steps, done, job.quiet)
     try:
         with _signals() as received:
@@ -127,6 +130,8 @@ def train(job: Job) -> Llama4:
     finally:
         metrics.close()
         display.close()
+        for tracker in trackers:
+            tracker.end()
     return _finish(model, balancer)
 
 
@@ -173,7 +178,8 @@ def _steps(job: Job, optimizer, balancer, done: int, metrics, display, received:
             checkpoint.save(
                 job.folder, step + 1, last, job.record, model, job.processor, optimizer, balancer
             )  # fmt: skip
-            checkpoint.prune(job.folder, 1 if last else config.keep, step + 1)
+            every = config.keep_every * config.checkpoint_every
+            checkpoint.prune(job.folder, 1 if last else config.keep, step + 1, every)
         if received:  # after the last step too: what comes behind this stage must not begin
             raise Stopped(received[0], step)
 
@@ -187,5 +193,6 @@ def _evaluate(job: Job, balancer, done: int, last: bool, metrics, display) -> No
     for evaluation in due:
         values = evaluation.run(job.model)
         metrics.write(step=done, eval=evaluation.name, **values)
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-        display.note(f"{job.name}  step {done}  {evaluation.name}: {shown}")
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if isinstance(value, (int, float)))
+        if shown:
+            display.note(f"{job.name}  step {done}  {evaluation.name}: {shown}")

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,13 +21,16 @@ from puna.processor.files import write_atomic
 
 
 class MetricsFile:
-    """Appends to `path`; opened at `step`, it keeps only the lines of earlier steps."""
+    """Appends to `path`; opened at `step`, it keeps only the lines of earlier steps. `followers` are told every line,
+    first those that are there."""
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
+    def __init__(self, path: Path, step: int, followers: Sequence[Callable[[dict], None]] = ()):
+        self.path, self.followers = path, followers
         kept = [line for line in read(path) if line["step"] < step or ("eval" in line and line["step"] <= step)]
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._handle = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        for line in kept:
+            self._tell(line)
 
     def write(self, **values) -> None:
         """One line, visible to readers at once; a number that is not finite is null, for JSON has no other word."""
@@ -36,6 +40,12 @@ class MetricsFile:
             self._handle.flush()
         except OSError as error:
             raise PunaError(f"can't write {self.path}: {error.strerror}; free some disk space and run again") from error
+
+        self._tell(known)
+
+    def _tell(self, line: dict) -> None:
+        for follow in self.followers:
+            follow(line)
 
     def close(self) -> None:
         with suppress(OSError):  # a line that could not be written is tried, and was reported, once

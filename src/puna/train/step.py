@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class StepResult:
     tokens: int  # tokens fed, padding excluded
     valid: int  # tokens the loss counted
     skipped: bool
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     counts: list[Tensor] = field(default_factory=list)  # tokens of each expert [E], one entry a MoE layer
 
 
@@ -79,28 +80,73 @@ def train_step(model: Llama4, optimizer, batches: list[Batch], term: Term, clip:
                 count += layer.counts_E.cpu()
             if layer.flips is not None:
                 flips += layer.flips.cpu()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm, parts = clip_gradients(model, clip)
     loss, grad_norm = float(total) / max(valid, 1), float(norm)
     skipped = not (math.isfinite(loss) and math.isfinite(grad_norm)) or not valid
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     measured = {name: float(value) / max(valid, 1) for name, value in sums.items()}
-    measured |= router_metrics(counts, flips)
+    measured |= {f"grad/{part}": value for part, value in parts.items()} | router_metrics(counts, flips)
     return StepResult(loss, grad_norm, tokens, valid, skipped, measured, counts)
 
 
-def router_metrics(counts: list[Tensor], flips: Tensor) -> dict[str, float]:
-    """Load of the busiest expert relative to the mean, dead experts, and the share of routes the bias changed."""
+PARTS = {  # what names hold -> the part that they belong to; the rest are dense layers and shared experts
+    ".attention.": "attention", ".router.": "router", ".experts.": "experts", "norm": "norms",
+    ".tok_embeddings": "embedding", ".output.": "head",
+}  # fmt: skip
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter's gradient is reported under."""
+    if name.startswith("vision."):
+        return "adapter" if name.startswith(("vision.adapter.", "vision.projector.")) else "vision"
+    return next((part for mark, part in PARTS.items() if mark in f".{name}"), "dense")
+
+
+def clip_gradients(model: Llama4, clip: float) -> tuple[Tensor, dict[str, float]]:
+    """Scales all gradients to a global norm of at most `clip`; returns (the norm before, each part's share of it).
+
+    As `torch.nn.utils.clip_grad_norm_`, bit for bit; it takes the norm of every tensor anyway, and summing their
+    squares by part (`part_of`) costs next to nothing: the squares of all parts add up to the square of the whole.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+    if not named:
+        return torch.zeros(()), {}
+    parameters = [p for _, p in named]
+    norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
+    total = torch.linalg.vector_norm(norms)
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip, total)
+    squares: dict[str, float] = {}
+    for (name, _), norm in zip(named, norms.tolist(), strict=True):
+        squares[part_of(name)] = squares.get(part_of(name), 0.0) + norm * norm
+    return total, {part: math.sqrt(square) for part, square in sorted(squares.items())}
+
+
+def router_metrics(counts: list[Tensor], flips: Tensor) -> dict[str, float | list[float]]:
+    """How evenly a step's tokens went to the experts: per MoE layer, and the layers' mean. With load_e the share of
+    the tokens times E (1 is even):
+
+        max_load   the busiest expert's load: its layer takes that much longer
+        entropy    -sum p ln p / ln E of the shares p = load / E: 1 is even, 0 is one expert for all
+        dead       the share of experts without a token
+
+    and `flip_share`, the routes that the balance bias changed. "router/layers" has a list by layer of each.
+    """
     if not any(int(count.sum()) for count in counts):  # no experts, or a term that needs the vision tower alone
         return {}
-    load = torch.stack([c.double() / max(1, int(c.sum())) * c.numel() for c in counts])
-    routed = sum(int(c.sum()) for c in counts)
-    return {
-        "router/max_load": float(load.max(dim=1).values.mean()),
-        "router/dead": float((load == 0).double().mean()),
-        "router/flip_share": float(flips) / max(1, routed),
+    counts_LE = torch.stack(counts).double()
+    share_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp_min(1)
+    n_experts = counts_LE.shape[1]
+    entropy_L = -torch.special.xlogy(share_LE, share_LE).sum(dim=1) / max(math.log(n_experts), 1e-9)
+    layers = {
+        "max_load": share_LE.max(dim=1).values * n_experts,
+        "entropy": entropy_L.clamp(0, 1),
+        "dead": (counts_LE == 0).double().mean(dim=1),
     }
+    means = {f"router/{name}": float(value_L.mean()) for name, value_L in layers.items()}
+    rounded = {name: [round(x, 4) for x in value_L.tolist()] for name, value_L in layers.items()}
+    return means | {"router/flip_share": float(flips) / max(1, int(counts_LE.sum())), "router/layers": rounded}
 
 
 class Balancer:
