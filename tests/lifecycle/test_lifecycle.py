@@ -11,6 +11,7 @@ import time
 
 import pytest
 from lifecycle_helpers import (
+    TINY,
     begin,
     checkpoints,
     differing,
@@ -150,3 +151,28 @@ def test_what_came_out_is_a_model_for_everything_else(apart):
     assert model.config.vocab_size == processor.tokenizer.vocab_size == 400
     said = puna(apart.parent, "generate", "runs/tuned", "2 + 2 =", "--max-tokens", "4")
     assert isinstance(said, str)
+
+
+def test_a_life_that_begins_with_the_tower_apart(tmp_path):
+    seer = TINY.replace('"tiny", model', '"seer", model').replace(
+        "bpb_bytes=2048,\n                   chance_chars=20_000),\n",
+        "bpb_bytes=2048,\n                   chance_chars=20_000),\n"
+        '        vision=stage(128, 20, {"captions": 0.7, "scenes": 0.3}, 3, rows=4),\n',
+    ).replace('ITEMS = {', 'ITEMS = {"scenes": {"items": 100}, ')
+    for folder in ("undisturbed", "killed"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "seer.py").write_text(seer, encoding="utf-8")
+    one, other = (tmp_path / folder for folder in ("undisturbed", "killed"))
+    puna(one, "pretrain", "seer.py", code=1)  # it starts from the tower, which has not been trained
+    puna(one, "vision", "seer.py")
+    puna(one, "pretrain", "seer.py", "--train.steps", "6")
+    process = begin(other, "vision", "seer.py")
+    wait_for(process, lambda: len(losses(other / "runs/seer/vision")) >= 8)
+    interrupt(process, signal.SIGKILL)
+    puna(other, "vision", "seer.py")
+    puna(other, "pretrain", "seer.py", "--train.steps", "6")
+    for stage, steps in (("vision", 20), ("pretrain", 6)):
+        assert differing(other / "runs/seer" / stage, one / "runs/seer" / stage, steps) == [], stage
+    before, after = (weights(one / "runs/seer" / stage, steps) for stage, steps in (("vision", 20), ("pretrain", 6)))
+    assert any(before["exp_avg/vision.projector.weight"]) and "exp_avg/output.weight" not in before
+    assert before["model"] != after["model"]

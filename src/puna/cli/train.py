@@ -44,7 +44,7 @@ def stage(args) -> None:
         if args.fresh:
             shutil.rmtree(folder / name, ignore_errors=True)
             (folder / f"{name}.json").unlink(missing_ok=True)
-        source = Path(init) if init else _before(folder, name)
+        source = Path(init) if init else _before(folder, name, run.after)
         model, processor = _start(source) if source else (None, None)
         if init:
             if any(path.startswith("model.") for path, _ in args.overrides):
@@ -63,12 +63,14 @@ def stage(args) -> None:
     show.stage(folder / name)
 
 
-def _before(folder: Path, name: str) -> Path | None:
-    """The stage of this run that `name` starts from, finished; None for the first."""
+def _before(folder: Path, name: str, after: str | None) -> Path | None:
+    """The stage of this run that `name` starts from, finished; None for the first. after: the one it must be."""
     from puna.stages import STAGES
     from puna.stages.common import is_finished
 
     earlier = STAGES[: STAGES.index(name)]
+    if name == "pretrain":
+        earlier = (after,) if after else ()
     for stage in reversed(earlier):
         if (folder / stage).is_dir():
             if not is_finished(folder, stage):
@@ -76,7 +78,7 @@ def _before(folder: Path, name: str) -> Path | None:
                     f"{folder / stage} is not finished: let `puna {stage}` run on, or give --init {folder / stage}"
                 )
             return folder / stage
-    if name not in ("vision", "pretrain"):
+    if earlier:
         raise PunaError(f"{name} starts from a model: run `puna {earlier[-1]}` first, or give --init MODEL")
     return None
 

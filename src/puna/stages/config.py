@@ -65,7 +65,8 @@ class RunConfig:
         part: StageConfig | None = getattr(self, name)
         if part is None:
             raise PunaError(f"{self.name} has no stage {name!r}: it has {', '.join(self.stages)}")
-        return StageRun(name, self.name, self.model, self.tokenizer, part.data, part.train, self.seed)
+        after = "vision" if name == "pretrain" and self.vision is not None else None
+        return StageRun(name, self.name, self.model, self.tokenizer, part.data, part.train, self.seed, after)
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class StageRun:
     data: DataConfig
     train: TrainConfig
     seed: int = 0
+    after: str | None = None  # a stage of this recipe that pre-training starts from
 
     def with_model(self, model: ModelConfig) -> StageRun:
         return dataclasses.replace(self, model=model)

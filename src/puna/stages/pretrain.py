@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from puna.errors import PunaError
 from puna.model import Llama4
 from puna.processor import Processor
 from puna.stages.common import run_stage
@@ -14,6 +15,8 @@ from puna.stages.config import StageRun
 
 def pretrain(run: StageRun, folder: Path, processor: Processor, init: str | Path | None = None, **options) -> Llama4:
     """Trains `folder`/pretrain; options as in `run_stage`."""
-    if init is None and (folder / "vision").is_dir():
-        init = folder / "vision"
+    if init is None and run.after:
+        init = folder / run.after
+        if not init.is_dir():
+            raise PunaError(f"pretrain starts from the recipe's {run.after}: run `puna {run.after}` first, or --init MODEL")
     return run_stage(run, folder, processor, init, **options)
