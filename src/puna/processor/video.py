@@ -117,8 +117,14 @@ def _film(data: bytes, kind: str, frames: int) -> list[Frame]:
             if not shown:
                 raise PunaError("the video is empty: it has no frames")
             starts = sorted(shown)
+            end = starts[-1] + shown[starts[-1]]
+            said = stream.duration  # in WebM the whole file's alone, which sound may make longer
+            if said is None and film.duration and len(film.streams) == 1:
+                said = film.duration / av.time_base / stream.time_base
+            if said and said - (end - starts[0]) > max(1 / stream.time_base, said / 10):
+                raise PunaError(_DAMAGED)
             found = []
-            for i in _chosen(starts, starts[-1] + shown[starts[-1]], frames):
+            for i in _chosen(starts, end, frames):
                 film.seek(starts[i], stream=stream)  # to the key frame before it
                 frame = next(f for f in film.decode(stream) if f.pts is not None and f.pts >= starts[i])
                 picture = frame.to_image()
