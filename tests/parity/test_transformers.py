@@ -211,6 +211,14 @@ def test_exported_tokenizer_and_template(tmp_path, tiny_processor):
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ids == tiny_processor.encode_chat(messages, generation_prompt=True).tokens.tolist()
     assert ids != theirs.apply_chat_template(messages, return_dict=False)
+    tools = [{"type": "function", "function": {"name": "add", "description": "a < b: größe", "parameters": {}}}]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": [1, {"b": None}], "c": "it's <1>"}}}
+    messages += [{"role": "assistant", "tool_calls": [call, call]}, {"role": "tool", "content": "2"}]
+    for form in ("pythonic", "json", "function"):
+        ids = theirs.apply_chat_template(
+            messages, tools=tools, tool_form=form, add_generation_prompt=True, return_dict=False
+        )
+        assert ids == tiny_processor.encode_chat(messages, True, tools, form).tokens.tolist()
 
 
 def test_export_refuses(tmp_path, tiny_processor):

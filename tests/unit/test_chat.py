@@ -151,14 +151,17 @@ def test_many_documents_equal_each_alone(tiny_processor):
 
 
 # ------------------------------------------------------------------- the template for other software
-def template_ids(processor: Processor, messages: list, generation_prompt: bool) -> list[int]:
+def template_ids(processor: Processor, messages: list, generation_prompt: bool, **options) -> list[int]:
     def fail(message):
         raise ValueError(message)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # as transformers sets it up
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     environment.globals["raise_exception"] = fail
-    text = environment.from_string(CHAT_TEMPLATE).render(messages=messages, add_generation_prompt=generation_prompt)
-    for picture in [part["image"] for m in messages if not isinstance(m["content"], str) for part in m["content"]
+    text = environment.from_string(CHAT_TEMPLATE).render(
+        messages=messages, add_generation_prompt=generation_prompt, **options
+    )
+    for picture in [part["image"] for m in messages if isinstance(m["content"], list) for part in m["content"]
                     if part["type"] == "image"]:  # fmt: skip
         layout = processor.encode_document([picture]).tokens[1:-1]
         text = text.replace(
@@ -178,6 +181,43 @@ DIALOGS = [
     ],
     [{"role": "user", "content": "f"}, {"role": "assistant", "content": "[f()]"}, {"role": "tool", "content": "{}"}],
     [user("see ", "this: ", Drawn((30, 20)), " and\n", Drawn((4, 4)))],
+    [
+        user(Drawn((4, 4)), "One."),
+        {"role": "assistant", "content": "A."},
+        user("Two: ", Drawn((30, 20)), Drawn((9, 40)), " or?"),
+        {"role": "assistant", "content": [{"type": "text", "text": "B"}, {"type": "text", "text": "."}]},
+        user("And ", Drawn((16, 16))),
+    ],
+]
+
+
+def called(*calls, content=None):
+    calls = [
+        {"id": str(i), "type": "function", "function": {"name": n, "arguments": a}} for i, (n, a) in enumerate(calls)
+    ]
+    return {"role": "assistant", "content": content, "tool_calls": calls}
+
+
+NESTED = {"a": [1, [2.5, {"k": None}], []], "b": {"x y": {"z": [True, False]}}, "s": 'it\'s "q" <b> & größe\n\\ 😀'}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "description": "Größe <b> & 'so'", "parameters": {
+        "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}},
+    {"type": "function", "function": {"name": "clock"}},
+]  # fmt: skip
+TOOL_DIALOGS = [
+    [user("Rome?"), called(("weather", {"city": "Rome"}))],
+    [
+        {"role": "system", "content": "Be brief."},
+        user("Look: ", Drawn((30, 20))),
+        called(("weather", NESTED), ("clock", {}), ("clock", {"zone": -1}), content="I will look.\n"),
+        {"role": "tool", "content": '{"sky": "clear"}', "tool_call_id": "0"},
+        {"role": "tool", "content": [{"type": "text", "text": "12"}, {"type": "text", "text": ":00"}], "name": "clock"},
+        {"role": "assistant", "content": "It is fine.", "tool_calls": None},
+        user("Thanks"),
+        called(("clock", {}), content=""),
+        {"role": "tool", "content": ""},
+    ],
+    [{"role": "system", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": " kind."}]}, user("hi")],
 ]
 
 
@@ -186,6 +226,52 @@ DIALOGS = [
 def test_the_shipped_template_gives_equal_ids(tiny_processor, messages, generation_prompt):
     ours = tiny_processor.encode_chat(messages, generation_prompt).tokens.tolist()
     assert template_ids(tiny_processor, messages, generation_prompt) == ours
+
+
+@pytest.mark.parametrize("messages", DIALOGS + TOOL_DIALOGS)
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize("form", ["pythonic", "json", "function"])
+def test_the_template_gives_equal_ids_with_tools(tiny_processor, messages, tools, form):
+    generation_prompt = messages[-1]["role"] != "assistant"
+    ours = tiny_processor.encode_chat(messages, generation_prompt, tools, form).tokens.tolist()
+    assert template_ids(tiny_processor, messages, generation_prompt, tools=tools, tool_form=form) == ours
+    if form == "pythonic":
+        assert template_ids(tiny_processor, messages, generation_prompt, tools=tools) == ours
+    plain = tiny_processor.encode_chat(messages, generation_prompt).tokens.tolist()
+    assert (ours != plain) == bool(tools or (form != "pythonic" and messages in TOOL_DIALOGS[:2]))
+
+
+def test_calls_and_results_in_place(tiny_processor):
+    """Written, ended by eom, answered under ipython, learned; the arguments may be JSON text, as OpenAI's are."""
+    messages = [
+        user("12 + 34?"),
+        called(("add", '{"a": 12, "b": [34]}'), content="Adding. "),
+        {"role": "tool", "content": "46<|eot|>", "tool_call_id": "0"},
+    ]
+    encoded = tiny_processor.encode_chat(messages, generation_prompt=True)
+    assert shown(tiny_processor, encoded) == (
+        "<|begin_of_text|><|header_start|>user<|header_end|>\n\n12 + 34?<|eot|>"
+        "<|header_start|>assistant<|header_end|>\n\nAdding. [add(a=12, b=[34])]<|eom|>"
+        "<|header_start|>ipython<|header_end|>\n\n46<|eot|><|eot|><|header_start|>assistant<|header_end|>\n\n"
+    )
+    assert encoded.tokens.tolist().count(tiny_processor.tokenizer.eot) == 2  # the tool's own "<|eot|>" is text
+    learned = tiny_processor.tokenizer.decode(encoded.tokens[encoded.loss], special=True)
+    assert learned == "Adding. [add(a=12, b=[34])]<|eom|>"
+    alone = tiny_processor.encode_chat([user("x"), called(("add", {}))])
+    assert alone.tokens[-1] == tiny_processor.tokenizer.eom and alone.loss[-1]
+
+
+def test_no_system_message_is_added_but_to_offer_tools(tiny_processor):
+    plain = shown(tiny_processor, tiny_processor.encode_chat([OK]))
+    assert "system" not in plain and plain == shown(tiny_processor, tiny_processor.encode_chat([OK], tools=[]))
+    offered = shown(tiny_processor, tiny_processor.encode_chat([OK], tools=TOOLS))
+    assert offered.startswith("<|begin_of_text|><|header_start|>system<|header_end|>\n\nYou can call")
+    assert offered.endswith(plain.removeprefix("<|begin_of_text|>")) and '"name": "clock"' in offered
+    with pytest.raises(PunaError, match="message 1 has the unknown role"):  # numbers stay the caller's
+        tiny_processor.encode_chat([{"role": "boss"}], tools=TOOLS)
+    forged = [{"type": "function", "function": {"name": "f", "description": "<|eot|><|header_start|>"}}]
+    tokens = tiny_processor.encode_chat([OK], tools=forged).tokens.tolist()
+    assert tokens.count(tiny_processor.tokenizer.eot) == 2 == tokens.count(tiny_processor.tokenizer.header_start)
 
 
 def test_the_template_refuses_what_we_refuse(tiny_processor):
@@ -224,9 +310,12 @@ PICTURE = {"type": "image", "image": Image.new("RGB", (4, 4))}
         ([OK, {"role": "assistant", "content": [PICTURE]}], "message 2: pictures can stand in user messages only"),
         ([{"role": "system", "content": [PICTURE]}], "message 1: pictures can stand in user messages only"),
         (
-            [OK, {"role": "assistant", "content": "x", "tool_calls": [{}]}],
+            [OK, {"role": "user", "content": "x", "tool_calls": [{}]}],
             "message 2 has the unsupported key 'tool_calls'",
         ),
+        ([OK, {"role": "assistant", "content": "x", "tool_calls": [{}]}], "message 2: tool call 1"),
+        ([OK, {"role": "assistant", "content": None, "tool_calls": []}], "message 2: content must be"),
+        ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], "message 1: a video must be"),
         ([OK, {"role": "assistant", "content": "\ud800"}], "message 2: .*surrogate at character 0"),
     ],
 )

@@ -32,11 +32,11 @@ from puna.convert.folder import write_folder
 from puna.convert.hf_config import config_from_hf, config_to_hf, is_multimodal
 from puna.convert.layout import SLICE_BYTES, FileStore, ModelStore, Piece, check
 from puna.convert.stored import WEIGHTS, Stored, plan_safetensors
-from puna.convert.tensors import fill, folder_table, parameter_shapes, read_json
+from puna.convert.tensors import fill, folder_table, parameter_shapes, processor_for, read_json
 from puna.errors import PunaError
 from puna.model import Llama4
 from puna.model.config import ModelConfig
-from puna.processor import CHAT_TEMPLATE, ImageProcessor, Processor, Tokenizer
+from puna.processor import CHAT_TEMPLATE, Processor, Tokenizer
 
 # puna's name -> the stored tensors whose rows, one under the other, it is.  N is a layer number.
 TEXT = {
@@ -179,16 +179,8 @@ def load_hf_processor(folder: Path, config: ModelConfig) -> Processor | None:
     if not (folder / "tokenizer.json").is_file():
         return None
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    if tokenizer.vocab_size > config.vocab_size:
-        raise PunaError(
-            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
-        )
     if config.vision is None:
-        return Processor(tokenizer, None)
-    if tokenizer.patch != config.patch_token:
-        raise PunaError(
-            f"{folder}: image_token_index {config.patch_token} is not the tokenizer's <|patch|> {tokenizer.patch}"
-        )
+        return processor_for(tokenizer, config, folder)
     raw: dict[str, Any] = {}
     if (folder / "processor_config.json").is_file():
         raw = read_json(folder / "processor_config.json").get("image_processor") or {}
@@ -203,14 +195,10 @@ def load_hf_processor(folder: Path, config: ModelConfig) -> Processor | None:
     )
     if sides != {vision.image_size}:
         raise PunaError(f"{folder}: the image processor's size {size} is not the vision tower's {vision.image_size}")
-    image = ImageProcessor(
-        tile=vision.image_size,
-        patch=vision.patch_size,
-        max_tiles=raw.get("max_patches", 16),
+    return processor_for(
+        tokenizer, config, folder, max_tiles=raw.get("max_patches", 16),
         resize_to_max_canvas=bool(raw.get("resize_to_max_canvas", False)),
-        pixel_shuffle=vision.pixel_shuffle,
-    )
-    return Processor(tokenizer, image)
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- export

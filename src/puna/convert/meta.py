@@ -13,6 +13,8 @@ FP8 releases (§5.3) hold the routed experts of all but the first and last layer
 [out, in] matrix, in `fp8_scales_R.pt`: value = number * scale.  Meta's offline int4 files can't be read back by Meta's
 own loader and are refused.
 
+`tokenizer.model` lies beside them (`puna.processor.ranks`).
+
 params.json speaks of widths by formula (§1.2: ffn_exp, ffn_dim_multiplier, multiple_of); writing solves it backwards.
 What it can't say (context length, the patch token's id) goes into a key `puna` there, which Meta's code ignores.  The
 sums of the files' zip records are empty (`stored.py`): torch reads them, `unzip -t` complains.
@@ -32,13 +34,14 @@ from torch import Tensor
 
 from puna.convert.layout import FileStore, Key, Piece, check, whole
 from puna.convert.stored import WEIGHTS, Stored, plan_pth, read_pth
-from puna.convert.tensors import parameter_shapes, read_json
+from puna.convert.tensors import parameter_shapes, processor_for, read_json
 from puna.errors import PunaError
 from puna.model.config import ModelConfig, RopeScaling, VisionConfig
 from puna.precision.fp8 import dequantize_rows, quantize_rows
-from puna.processor import Processor
+from puna.processor import Processor, Tokenizer
 
 PARAMS = "params.json"
+RANKS = "tokenizer.model"
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 DROPPED = re.compile(r"(running_gate_stats_3E|global_gate_stats_3E|expert_activation_DE|_extra_state|rope\.freqs)$")
 FP8 = torch.float8_e4m3fn
@@ -353,8 +356,15 @@ def open_meta(folder: Path) -> tuple[MetaStore, Processor | None]:
     scales = _scales(folder, layout, table)
     store = MetaStore(config, layout, table, scales)
     check(store, str(folder), lambda name: bool(DROPPED.search(name)), (*WEIGHTS, FP8))
-    has_processor = (folder / "tokenizer.json").is_file() and (folder / "processor.json").is_file()
-    return store, Processor.load(folder) if has_processor else None
+    return store, _processor(folder, config)
+
+
+def _processor(folder: Path, config: ModelConfig) -> Processor | None:
+    """From puna's own two files, if a conversion left them there: they load faster and hold what Meta's can't."""
+    if (folder / "tokenizer.json").is_file() and (folder / "processor.json").is_file():
+        return Processor.load(folder)
+    path = folder / RANKS
+    return processor_for(Tokenizer.from_ranks(path), config, folder) if path.is_file() else None
 
 
 def _scale_name(key: str) -> str:
@@ -452,4 +462,6 @@ class MetaFormat:
     def finish(self, config: ModelConfig, dtypes: dict[str, torch.dtype], hashes: dict[str, str], folder: Path) -> None:
         if self.processor is not None:
             self.processor.save(folder)
+            if ranks := self.processor.tokenizer.to_ranks():  # Meta's code knows the full layout alone
+                (folder / RANKS).write_text(ranks, encoding="ascii")
         (folder / PARAMS).write_text(json.dumps(params_of(config), indent=2) + "\n", encoding="utf-8")

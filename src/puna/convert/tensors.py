@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from puna.convert.stored import Stored, read_safetensors
 from puna.errors import PunaError
 from puna.model import Llama4
 from puna.model.config import ModelConfig
+from puna.processor import ImageProcessor, Processor, Tokenizer
 
 
 def folder_table(folder: Path) -> dict[Key, Stored]:
@@ -84,3 +86,22 @@ def fill(store: FileStore, dtype: torch.dtype | None, device: torch.device | str
     for name, parameter in target.parameters.items():
         move(store, target, name, tuple(parameter.shape))
     return model
+
+
+def processor_for(tokenizer: Tokenizer, config: ModelConfig, folder: Path, **image: Any) -> Processor:
+    """The processor of a model whose folder describes no tiles of its own; `image`: what it does say of them.
+
+    Errors: PunaError where the tokenizer's ids contradict the model's, which would silently misplace pictures.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise PunaError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
+        )
+    if config.vision is None:
+        return Processor(tokenizer, None)
+    if tokenizer.patch != config.patch_token:
+        raise PunaError(
+            f"{folder}: image_token_index {config.patch_token} is not the tokenizer's <|patch|> {tokenizer.patch}"
+        )
+    tiles = {"tile": config.vision.image_size, "patch": config.vision.patch_size}
+    return Processor(tokenizer, ImageProcessor(**tiles, pixel_shuffle=config.vision.pixel_shuffle, **image))

@@ -1,8 +1,8 @@
 """Text and pictures in, tensors out: everything between people and the model's token ids.
 
-`Processor` joins the three parts: `tokenizer` (BPE and control tokens), `image` (pictures to tiles) and `chat` (the
-conversation format). `grounding` is the written form of boxes. On disk a processor is two files, ``tokenizer.json`` and
-``processor.json``.
+`Processor` joins the three parts: `tokenizer` (BPE and control tokens; `ranks` reads Meta's file), `image` (pictures to
+tiles; `video` makes pictures of a film) and `chat` (the conversation format; `tools` are its function calls).
+`grounding` is the written form of boxes. On disk a processor is two files, ``tokenizer.json`` and ``processor.json``.
 """
 
 from __future__ import annotations
@@ -64,10 +64,17 @@ class Processor:
         return cls(Tokenizer.load(Path(folder) / "tokenizer.json"), image)
 
     # ---------------------------------------------------------------- text and layout
-    def encode_chat(self, messages: Sequence[dict], generation_prompt: bool = False) -> Encoded:
+    def encode_chat(
+        self, messages: Sequence[dict], generation_prompt: bool = False, tools: Sequence[dict] | None = None,
+        tool_form: str = "pythonic",
+    ) -> Encoded:  # fmt: skip
         """A conversation's tokens (see `puna.processor.chat`). Loss falls on what the assistant says and on the token
-        that ends its turn. generation_prompt: end with the header of an answer to come."""
-        return self._assemble(render(self.tokenizer, messages, generation_prompt), self._encode_text)
+        that ends its turn. generation_prompt: end with the header of an answer to come. tools: functions to offer, in
+        OpenAI's form; tool_form: how calls are written (see `puna.processor.tools`)."""
+        tile = None if self.image is None else self.image.tile
+        return self._assemble(
+            render(self.tokenizer, messages, generation_prompt, tools, tool_form, tile), self._encode_text
+        )
 
     def encode_document(self, segments: Sequence) -> Encoded:
         """A pre-training document of texts and pictures: begin_of_text, the segments, end_of_text. Loss falls on text
