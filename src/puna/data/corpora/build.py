@@ -118,6 +118,7 @@ def build_corpus(
             shutil.rmtree(work)
             return corpus
         plan = _plan(work, config)
+        _state.cache_clear()  # this process may have built there before
         report = progress or (lambda phase, done, total: None)
         count = len(plan["units"])
         sizes = [max(unit["bytes"], 1) for unit in plan["units"]]
@@ -416,3 +417,6 @@ def _finish(work: Path, plan: dict, config: BuildConfig, parts: int, dropped: di
     about["files"] = {key: about["files"][key] for key in sorted(about["files"])}
     about["fingerprint"] = hashlib.sha256(json.dumps(about["files"]).encode()).hexdigest()
     store.write_text(work / "final" / store.ABOUT, json.dumps(about, ensure_ascii=False, indent=1) + "\n")
+    for path in (work / "final").iterdir():  # what a killed worker had begun
+        if path.name not in about["files"] and path.name != store.ABOUT:
+            path.unlink()

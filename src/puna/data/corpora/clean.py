@@ -43,7 +43,8 @@ def plain(text: str, pictures: int, verbatim: bool) -> str:
         raise PunaError("half a surrogate pair (\\ud800 ...) is no text; remove or replace it") from None
     text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     if not verbatim:
-        text = unicodedata.normalize("NFC", text).strip()
+        text = text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
+        text = text.strip()
     if not pictures:
         return text.replace(PLACE, "")
     if text.count(PLACE) != pictures:

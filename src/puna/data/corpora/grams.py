@@ -11,8 +11,8 @@ What a word is, is decided in `puna.nursery.heldout`, the slow literal form that
 after NFKC and case folding, markup left out; in scripts without spaces every letter, four of which count as a word.
 
 **Near-duplicates**: the MinHash of a document's 5-grams (Broder 1997; library: rensa) are 128 minima of random
-functions; the share of equal ones estimates the Jaccard index of two documents' sets. 16 *bands* of 8 minima are hashed:
-documents of similarity s share a band with probability 1 - (1 - s^8)^16, 95 % at 0.8, 6 % at 0.5.
+functions; the share of equal ones estimates the Jaccard index of two documents' sets. 16 *bands* of 8 minima are
+hashed: documents of similarity s share a band with probability 1 - (1 - s^8)^16, 95 % at 0.8, 6 % at 0.5.
 """
 
 import unicodedata
