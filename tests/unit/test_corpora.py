@@ -447,3 +447,59 @@ def test_damage_is_found(tmp_path):
     (made.folder / "corpus.json").write_text("{")
     with pytest.raises(PunaError, match="corpus.json is damaged"):
         Corpus(made.folder)
+
+
+# ------------------------------------------------------------------------------------------------------- training
+def test_a_corpus_is_trained_on_text_and_pictures(tmp_path):
+    from puna.data import Batches, DataConfig, build, sources
+    from puna.processor import ImageProcessor, Processor, Tokenizer, open_picture
+    from puna.tasks.pictures import PictureRef
+
+    processor = Processor(Tokenizer.train(nursery.texts("en")[:30], 400), ImageProcessor(32, 8, 4))
+    rows = [{"text": nursery.texts(lang)[2], "id": lang} for lang in ("en", "ar")]
+    rows += [{"segments": ["see ", {"image": "a.png"}, " and ", {"image": "b.png"}], "id": "two"}]
+    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "b.png").write_bytes(picture(2))
+    made = built(tmp_path, jsonl(tmp_path / "x.jsonl", rows), max_repeats=1.0)
+    name, arabic = f"corpus:{made.folder}", f"corpus:{made.folder}/ar"
+    config = DataConfig(512, {name: 1.0, arabic: 1.0})
+    found = build(config, processor, 512, tmp_path / "cache")
+    assert found[name].documents == 3 and found[arabic].documents == 1
+    (pictures,) = [row for row in found[name].pictures if row]
+    shown = [open_picture((tmp_path / f).read_bytes()) for f in ("a.png", "b.png")]
+    assert [np.asarray(p.open()).tolist() for p in pictures] == [np.asarray(p).tolist() for p in shown]
+    assert [PictureRef.from_json(p.to_json()) for p in pictures] == pictures
+    steps = 3 * sum(map(len, found.values()))
+    batches = Batches(found, config.mixture({k: len(v) for k, v in found.items()}, steps, 1), processor, 1, prefetch=0)
+    tiles = [batches(step).tiles for step in range(steps)]
+    expected = processor.tiles(shown)
+    assert any(t is not None and t.shape == expected.shape and (t == expected).all() for t in tiles)
+    assert sources.texts(name) == [row["text"] for row in made.rows() if not row["pictures"]]
+    assert len(sources.texts(name, max_chars=10)) == 1 < len(sources.texts(name))
+    with pytest.raises(PunaError, match="no language or source 'fr': ar, en"):
+        build(DataConfig(512, {f"corpus:{made.folder}/fr": 1.0}), processor, 512)
+    with pytest.raises(PunaError, match="there is no corpus at"):
+        build(DataConfig(512, {f"corpus:{tmp_path}/nothing": 1.0}), processor, 512)
+    shutil.rmtree(made.folder)
+    with pytest.raises(PunaError, match="is the corpus still there"):
+        fresh = type(pictures[0])(
+            str(tmp_path / "gone"), *(getattr(pictures[0], f) for f in ("offset", "length")), 1, 1
+        )
+        fresh.open()
+
+
+def test_the_command_builds_and_shows(tmp_path, capsys, monkeypatch):
+    from puna.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "a.jsonl", [{"text": text(i), "licence": "CC0-1.0"} for i in range(5)] + [{"text": text(1)}])
+    command = ["data", "build", "c", "--from", "mine=a.jsonl", "--licence", "mine=MIT", "--workers", "1"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "5 documents" in out and "CC0-1.0" in out and "corpus:c" in out
+    assert main([*command, "--near", "0.5"]) == 1
+    assert "near" in capsys.readouterr().err
+    assert main(["data", "build", "d", "--from", "nothing.jsonl"]) == 1
+    assert "there is nothing at nothing.jsonl" in capsys.readouterr().err and not (tmp_path / "d.part").exists()
+    assert main(["data", "build", "d", "--from", "a.jsonl", "--licence", "b=MIT"]) == 1
+    assert "which is no input's name: a" in capsys.readouterr().err
