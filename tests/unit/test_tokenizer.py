@@ -2,12 +2,14 @@
 
 import json
 import pickle
+import random
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puna import nursery
 from puna.errors import PunaError
 from puna.processor import StreamDecoder, Tokenizer
 from puna.processor import tokenizer as module
@@ -233,3 +235,20 @@ def test_an_unwritable_place_is_told(tokenizer, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(PunaError, match="cannot write"):
         tokenizer.save(tmp_path / "file" / "tokenizer.json")
+
+
+def test_the_quick_encoder_gives_the_same_ids():
+    """fastokens against the tokenizers library: every language, code, and strings of odd characters."""
+    pytest.importorskip("fastokens")
+    tokenizer = Tokenizer.train([text for lang in nursery.LANGUAGES for text in nursery.texts(lang)[:20]], 2000)
+    assert tokenizer._quick is not None
+    rand = random.Random(0)
+    pools = [
+        [chr(c) for c in range(0x20, 0x7F)], list(" \t\n\r\u00a0\u2028\u3000\u200b\x0b\x00'’"), list("0123456789"),
+        list("'sStTDdLlMm"), [chr(c) for c in rand.sample(range(0xE000), 2000) if not 0xD800 <= c < 0xE000],
+        [chr(c) for c in rand.sample(range(0xE000, 0x110000), 500)],
+    ]  # fmt: skip
+    odd = ["".join(rand.choice(rand.choice(pools)) for _ in range(rand.randint(0, 80))) for _ in range(3000)]
+    texts = [*(text for lang in nursery.LANGUAGES for text in nursery.texts(lang)[-30:]), *nursery.code()[:5], *odd]
+    texts += ["x" * 60_000, "<|eot|> <|image|>", " " * 30_000 + "a"]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]

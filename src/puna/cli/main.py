@@ -126,10 +126,13 @@ def build_parser() -> Parser:
     p.add_argument("recipe", metavar="NAME")
     p.add_argument("file", metavar="FILE", help="a new .py file")
 
-    verbs = _group(commands, "data", "list and look into data")
-    command("ls", "tools:data_ls", "list all data sources", verbs)
-    p = command("show", "tools:data_show", "look into a source or a recipe's mixture", verbs)
-    p.add_argument("name", metavar="NAME", help="a source (text/en, sft/naming, file:PATH ...) or a recipe")
+    verbs = _group(commands, "data", "list, build and look into data")
+    command("ls", "data:ls", "list all data sources", verbs)
+    p = command("build", "data:build_", "build a corpus from files, folders, datasets or object storage", verbs)
+    p.add_argument("out", metavar="OUT", help="the corpus's new folder; train on it as corpus:OUT")
+    _build(p)
+    p = command("show", "data:show_", "look into a source, a corpus or a recipe's mixture", verbs)
+    p.add_argument("name", metavar="NAME", help="a source (text/en, sft/naming, file:PATH ...), a corpus or a recipe")
     p.add_argument("--samples", type=int, default=3, metavar="N", help="documents to print (default 3)")
     p.add_argument("--split", choices=("train", "val"), default="train")
 
@@ -146,6 +149,25 @@ def _group(commands, name: str, text: str):
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(parser=parser)
     return parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+
+def _build(p: Parser) -> None:
+    p.add_argument("--from", dest="inputs", nargs="+", required=True, metavar="[NAME=]SPEC",
+                   help="files, folders, patterns, URLs, hf:DATASET; of copies the one named first stays")  # fmt: skip
+    p.add_argument("--workers", type=count, metavar="N", help="processes (default: one a core)")
+    p.add_argument("--licence", action="append", default=[], metavar="[NAME=]LICENCE", help="of an input, or of all")
+    p.add_argument("--text-column", dest="text", metavar="NAME", help="of a row's text (default text)")
+    p.add_argument("--min-bytes", type=int, metavar="N", help="of a text without pictures (default 50)")
+    p.add_argument("--max-bytes", type=int, metavar="N", help="of a text without pictures (default 100,000,000)")
+    p.add_argument("--min-letters", type=float, metavar="X", help="share of what isn't white space (default 0.4)")
+    p.add_argument("--max-repeats", type=float, metavar="X", help="share in lines that came before (default 0.3)")
+    p.add_argument("--languages", nargs="+", metavar="LANG", help="keep only these (default: all)")
+    p.add_argument("--near", type=float, metavar="X", help="similarity of a near-duplicate (default 0.8; 0: off)")
+    p.add_argument("--held-out", nargs="+", metavar="SPEC", help="texts that must not be met: no 13 words in a row")
+    p.add_argument("--min-side", type=int, metavar="N", help="of a picture, in pixels (default 8)")
+    p.add_argument("--max-aspect", type=float, metavar="X", help="long over short side of a picture (default 20)")
+    p.add_argument("--skip-bad", action="store_true", help="count rows that can't be read, and go on")
+    p.add_argument("--fresh", action="store_true", help="throw away what is there and start over")
 
 
 def _recipe(p: Parser) -> None:

@@ -68,3 +68,25 @@ def stage(folder: Path) -> None:
     if evaluation:
         print("  ".join(f"{name} {_value(value)}" for name, value in evaluation.items()))
     print(f"model    {checkpoint.steps(folder)[0]}")
+
+
+def corpus(made) -> None:
+    """What a corpus holds, by source and by language, and what was left out."""
+    about = made.about
+    print(f"{made.folder}: {about['documents']:,} documents, {about['bytes']:,} bytes of text, "
+          f"{about['pictures']:,} pictures in {about['picture_bytes']:,} bytes")  # fmt: skip
+    for column, place in (("source", 0), ("language", 1), ("licence", 2)):
+        sums: dict[str, list[int]] = {}
+        for key, values in about["groups"].items():
+            name = key.split("|")[place] or "unknown"
+            sums[name] = [a + b for a, b in zip(sums.get(name, [0, 0, 0]), values, strict=True)]
+        print()
+        table((column, "documents", "bytes", "share", "pictures"),
+              [(name, f"{d:,}", f"{b:,}", f"{100 * b / max(about['bytes'], 1):.1f} %", f"{p:,}")
+               for name, (d, b, p) in sorted(sums.items(), key=lambda item: -item[1][1])])  # fmt: skip
+    left = {name: {k: v for k, v in entry.items() if k not in ("spec", "units", "files", "bytes", "ignored", "shards")}
+            for name, entry in about["inputs"].items()}  # fmt: skip
+    reasons = sorted({reason for entry in left.values() for reason in entry} - {"read"})
+    print()
+    table(("left out of", "read", *reasons),
+          [(name, *(f"{entry.get(r, 0):,}" for r in ("read", *reasons))) for name, entry in left.items()])  # fmt: skip

@@ -1,19 +1,16 @@
-"""The smaller commands: convert, report, recipe, data, tokenizer."""
+"""The smaller commands: convert, report, recipe, tokenizer."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import sys
-from itertools import islice, pairwise
 from pathlib import Path
 
 from puna.cli import show
 from puna.cli.settings import apply, existing_run, read, run_config
 from puna.errors import PunaError
 from puna.fields import build, nearest, to_dict
-
-SHOWN = 400  # characters of a sample
 
 
 def convert(args) -> None:
@@ -117,98 +114,6 @@ def recipe_cp(args) -> None:
     )
     write_atomic(target, f"{code.rstrip()}\n\n\n{last}")
     print(f"{target}: change it, then `puna raise {target} --name NAME`")
-
-
-def data_ls(args) -> None:
-    """All sources, the nursery's languages with their sizes, its origins with their licences."""
-    from puna import nursery
-    from puna.data.sources import names
-
-    manifest = nursery.manifest()
-    print("sources (with file:PATH for text, JSONL or Parquet of your own)")
-    groups: dict[str, list[str]] = {}
-    for name in names():
-        group, slash, rest = name.partition("/")
-        groups.setdefault(group + slash, []).append(rest)
-    show.table(("name", "of"), [(group, " ".join(rest)) for group, rest in groups.items()])
-    print()
-    columns = ("train_bytes", "train_documents", "val_bytes", "val_documents", "prose_bytes")
-    show.table(
-        ("text", *(column.replace("_", " ") for column in columns)),
-        [(lang, *(f"{entry.get(c, 0):,}" for c in columns)) for lang, entry in manifest["languages"].items()],
-    )
-    print(f"\n{len(nursery.concepts()):,} things in {len(nursery.STYLES_TRAIN)} + 1 styles of pictures\n")
-    show.table(("origin", "licence", "what"),
-               [(name, s["licence"], s["title"]) for name, s in manifest["sources"].items()])  # fmt: skip
-
-
-def data_show(args) -> None:
-    """A recipe's mixture, or samples of a source."""
-    from puna.recipes import RECIPES
-
-    if args.name in RECIPES or args.name.endswith((".py", ".json")):
-        _show_mixture(args.name)
-    else:
-        _show_source(args.name, args.split, args.samples)
-
-
-def _show_mixture(recipe: str) -> None:
-    from puna.data import DataConfig
-
-    values, one_stage, _ = read(recipe)
-    parts = {k: v for k, v in values.items() if isinstance(v, dict) and "data" in v and "train" in v}
-    for name, part in ({values["stage"]: values} if one_stage else parts).items():
-        data, steps, rows = build(DataConfig, part["data"], "data."), part["train"]["steps"], part["train"]["rows"]
-        mixture = data.mixture(dict.fromkeys(data.used, rows * steps), steps, rows)
-        for first, last in pairwise([*data.begins(steps), steps]):
-            when = f"steps {first:,} to {last:,}, " if data.then else ""
-            total = (last - first) * rows
-            print(f"{name}: {when}{total:,} rows of {data.seq_len} tokens")
-            before, after = mixture.counts(first * rows), mixture.counts(last * rows)
-            given = {source: after[source] - before[source] for source in mixture.names}
-            show.table(("source", "share of rows", "rows"),
-                       [(k, f"{100 * v / total:.1f} %", v) for k, v in given.items() if v])  # fmt: skip
-            print()
-
-
-def _show_source(name: str, split: str, samples: int) -> None:
-    from puna import tasks
-    from puna.data.sources import names, texts
-
-    if name not in names() and not name.startswith("file:"):
-        raise PunaError(f"unknown data source {name!r}; did you mean {nearest(name, names())!r}? See `puna data ls`")
-    if name in tasks.DOCUMENTS:
-        for segments in islice(tasks.DOCUMENTS[name]().documents(), samples):
-            _sample("".join(s if isinstance(s, str) else _drawn(s) for s in segments))
-    elif name.startswith("sft/"):
-        if name == "sft/needle":
-            task = tasks.task("needle", length=2000, count=len)
-        else:
-            task = tasks.task(name.removeprefix("sft/"))
-        for item in islice(task.items("test" if split == "val" else "train"), samples):
-            _sample("\n".join(f"{m['role']}: {_content(m['content'])}" for m in item.messages))
-    else:
-        documents = texts(name, split)
-        size = sum(len(text.encode()) for text in documents)
-        print(f"{name} ({split}): {len(documents):,} documents, {size:,} bytes of UTF-8\n")
-        for text in documents[:samples]:
-            _sample(text)
-
-
-def _sample(text: str) -> None:
-    print(text[:SHOWN] + (f" … ({len(text):,} characters)" if len(text) > SHOWN else ""))
-    print("-" * 40)
-
-
-def _drawn(picture) -> str:
-    w, h = picture.size
-    return f"[picture {w}x{h} {picture.to_json()}]"
-
-
-def _content(content) -> str:
-    if isinstance(content, str):
-        return content
-    return " ".join(part["text"] if part["type"] == "text" else _drawn(part["image"]) for part in content)
 
 
 def tokenizer_train(args) -> None:

@@ -188,9 +188,8 @@ class Mixture:
         lines = [f"mixture · {rows:,} rows" + (f" · {total:,} tokens" if tokens is not None else "")]
         groups: dict[str, list[str]] = {}
         for name in self.names:
-            groups.setdefault(name.split("/")[0] if "/" in name and not name.startswith("file:") else name, []).append(
-                name
-            )
+            whole = "/" not in name or name.startswith(("file:", "corpus:"))  # a path, not a family of sources
+            groups.setdefault(name if whole else name.split("/")[0], []).append(name)
         width = max(len(name) for name in [*self.names, *groups]) + 4
         for g, (group, members) in enumerate(groups.items()):
             last_group = g == len(groups) - 1

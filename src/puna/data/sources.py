@@ -8,6 +8,8 @@
     scenes           composed scenes, then the boxes of all their things  loss on text, not on pictures
     sft/<task>       conversations of a task in puna.tasks                loss on what the assistant says
     file:<path>      the user's own text or conversations (files.py)      as theirs
+    corpus:<path>    what `puna data build` made (corpora/), all of it or  loss on text, not on pictures
+                     one of its languages or sources (corpus:<path>/en)
 
 Each is encoded and packed once for a sequence length (packing.py) and kept on disk under the hash of all that went in
 (shards.py): the same data, tokenizer, settings and code never are packed twice.
@@ -27,9 +29,10 @@ from typing import Any
 import numpy as np
 
 from puna import nursery, tasks
-from puna.data import files, shards
+from puna.data import corpus, files, shards
+from puna.data.corpora.store import Corpus
 from puna.data.mixture import Mixture
-from puna.data.order import derive, permutation
+from puna.data.order import derive
 from puna.data.packing import PackedRows, pack
 from puna.errors import PunaError
 from puna.processor import Encoded, Processor
@@ -54,8 +57,8 @@ class DataConfig:
 
     seq_len: tokens a row, a multiple of the attention chunk or shorter. weights: source -> share of the rows. seed: of
     the tasks' items, the choice of documents and the order of rows. options: source -> settings of that source:
-    `max_chars` (text, code, long, file: no more than so many characters, whole documents chosen by the seed), `items`
-    (captions, sft: how many), `level` (sft), and the task's own settings. then: later phases, in order.
+    `max_chars` (text, code, long, file, corpus: no more than so many characters, whole documents chosen by the seed),
+    `items` (captions, sft: how many), `level` (sft), and the task's own settings. then: later phases, in order.
     """
 
     seq_len: int
@@ -97,7 +100,7 @@ class DataConfig:
 
 
 def names() -> list[str]:
-    """All sources that ship with puna ('file:<path>' comes on top)."""
+    """All sources that ship with puna ('file:<path>' and 'corpus:<path>' come on top)."""
     text = list(nursery.LANGUAGES)
     return [
         *(f"text/{lang}" for lang in text),
@@ -163,7 +166,7 @@ def fingerprint(name: str, config: DataConfig, processor: Processor, chunk: int,
     and our code."""
     state = {
         "source": name,
-        "data": files.sha256(name.removeprefix("file:")) if name.startswith("file:") else _nursery_hash(),
+        "data": _data_hash(name),
         "options": dict(config.options.get(name, {})),
         "seed": config.seed,
         "seq_len": config.seq_len,
@@ -177,22 +180,19 @@ def fingerprint(name: str, config: DataConfig, processor: Processor, chunk: int,
 
 
 def texts(name: str, split: str = "train", max_chars: int | None = None, seed: int = 0) -> list[str]:
-    """The plain texts of a source ('text/<lang>', 'code', 'file:<path>'), to train a tokenizer or to measure on.
+    """The plain texts of a source ('text/<lang>', 'code', 'file:<path>', 'corpus:<path>'), to train a tokenizer or to
+    measure on.
 
     max_chars: whole documents chosen by the seed, until so many characters are reached; in their own order.
     """
+    if name.startswith("corpus:"):
+        found, _ = corpus.documents(name.removeprefix("corpus:"), {"max_chars": max_chars}, seed)
+        return [document for document in found if isinstance(document, str)]
     documents = _texts(name, split)
     if max_chars is None or sum(map(len, documents)) <= max_chars:
         return documents
-    chosen, total = [], 0
-    for i in permutation(derive("choose", seed, name), len(documents)).tolist():
-        if total and total + len(documents[i]) > max_chars:
-            continue
-        chosen.append(i)
-        total += len(documents[i])
-        if total >= max_chars:
-            break
-    return [documents[i] for i in sorted(chosen)]
+    chosen = corpus.choose(np.array([len(each) for each in documents]), max_chars, derive("choose", seed, name))
+    return [document for document, taken in zip(documents, chosen, strict=True) if taken]
 
 
 def _texts(name: str, split: str) -> list[str]:
@@ -252,6 +252,9 @@ def _encoded(name: str, config: DataConfig, processor: Processor, split: str) ->
         return (processor.encode_chat(item.messages) for item in islice(items, count)), count
     if name.startswith("file:"):
         return _file(name, config, processor)
+    if name.startswith("corpus:"):
+        documents, count = corpus.documents(name.removeprefix("corpus:"), options, config.seed)
+        return _in_groups(documents, lambda group: encode_mixed(processor, group)), count
     documents = texts(name, split, options.get("max_chars"), config.seed)
     return _in_groups(documents, lambda group: encode_texts(processor, group)), len(documents)
 
@@ -282,6 +285,13 @@ def encode_texts(processor: Processor, documents: list[str]) -> list[Encoded]:
         loss[0] = False
         result.append(Encoded(tokens, loss, []))
     return result
+
+
+def encode_mixed(processor: Processor, documents: list[str | list]) -> list[Encoded]:
+    """Texts by `encode_texts`, texts with pictures by the processor; in order."""
+    plain = iter(encode_texts(processor, [each for each in documents if isinstance(each, str)]))
+    mixed = iter(processor.encode_documents([each for each in documents if not isinstance(each, str)]))
+    return [next(plain if isinstance(each, str) else mixed) for each in documents]
 
 
 def _file(name: str, config: DataConfig, processor: Processor) -> tuple[Iterable[Encoded], int]:
@@ -320,6 +330,8 @@ def _check(name: str, options: Mapping[str, Any]) -> None:
     """PunaError for a source that doesn't exist or an option it doesn't have; before any work is done."""
     if name.startswith("file:"):
         files.paths(name.removeprefix("file:"))
+    elif name.startswith("corpus:"):
+        Corpus.find(name.removeprefix("corpus:"))
     elif name not in names():
         raise PunaError(f"unknown data source {name!r}{_nearest(name, names())}")
     for key in ("items", "max_chars", "level"):
@@ -338,12 +350,22 @@ def _check(name: str, options: Mapping[str, Any]) -> None:
 
 def _nearest(name: str, valid: Iterable[str]) -> str:
     near = get_close_matches(name, list(valid), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(valid)}, file:PATH"
+    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(valid)}, file:PATH, corpus:PATH"
 
 
 def _safe(name: str) -> str:
     """A source's name as a folder name."""
     return "".join(c if c.isalnum() else "-" for c in name)[-60:]
+
+
+def _data_hash(name: str) -> str:
+    """Hash of what a source reads."""
+    if name.startswith("file:"):
+        return files.sha256(name.removeprefix("file:"))
+    if name.startswith("corpus:"):  # pictures are read from where they are, so the place counts
+        found, only = Corpus.find(name.removeprefix("corpus:"))
+        return f"{found.fingerprint} {only} {found.folder.resolve()}"
+    return _nursery_hash()
 
 
 @lru_cache(maxsize=1)

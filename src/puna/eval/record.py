@@ -130,7 +130,7 @@ def describe_model(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 def capability(source: str) -> str:
     """What a source of data teaches, in a word: languages, code, long documents, pictures, or a task's name."""
     kind, _, rest = source.partition("/")
-    if source.startswith("file:"):
+    if source.startswith(("file:", "corpus:")):
         return "own files"
     if kind == "long":
         return "long documents"

@@ -25,6 +25,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 
@@ -167,15 +168,26 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text, on all cores."""
+        """`encode` of every text, on all cores; by fastokens where it is installed: the same ids, 20 to 30 times
+        sooner."""
         pieces: list[str] = []
         counts: list[int] = []
         for text in texts:
             parts = list(_pieces(check_text(text)))
             pieces += parts
             counts.append(len(parts))
-        encoded = (piece.ids for piece in self._inner.encode_batch_fast(pieces, add_special_tokens=False))
+        encode = self._inner.encode_batch_fast if self._quick is None else self._quick.encode_batch
+        encoded = (piece.ids for piece in encode(pieces, add_special_tokens=False))
         return [next(encoded) if count == 1 else list(chain(*islice(encoded, count))) for count in counts]
+
+    @cached_property
+    def _quick(self):
+        """fastokens' encoder of the inner tokenizer; None where it isn't installed."""
+        try:
+            import fastokens
+        except ImportError:
+            return None
+        return fastokens.Tokenizer.from_json_str(self._inner.to_str())
 
     # ---------------------------------------------------------------- ids to text
     def token_bytes(self, id: int) -> bytes:

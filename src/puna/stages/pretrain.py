@@ -18,5 +18,5 @@ def pretrain(run: StageRun, folder: Path, processor: Processor, init: str | Path
     if init is None and run.after:
         init = folder / run.after
         if not init.is_dir():
-            raise PunaError(f"pretrain starts from the recipe's {run.after}: run `puna {run.after}` first, or --init MODEL")
+            raise PunaError(f"pretrain starts from the {run.after} stage: run `puna {run.after}`, or --init MODEL")
     return run_stage(run, folder, processor, init, **options)

