@@ -120,7 +120,10 @@ def stage_config(args, stage: str) -> tuple[StageRun, str | None]:
         values = to_dict(build(RunConfig, values).stage(stage))
     elif values["stage"] != stage:
         raise PunaError(f"{args.recipe} is of the stage {values['stage']}, not {stage}")
-    run = build(StageRun, apply(_named(values, args), args.overrides))
+    overrides = args.overrides
+    if args.data is not None:
+        overrides = [("data.weights", json.dumps({f"file:{args.data}": 1.0})), *overrides]
+    run = build(StageRun, apply(_named(values, args), overrides))
     return run, args.init or init
 
 

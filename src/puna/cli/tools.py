@@ -162,6 +162,7 @@ def _show_mixture(recipe: str) -> None:
 
 def _show_source(name: str, split: str, samples: int) -> None:
     from puna import tasks
+    from puna.data import files
     from puna.data.sources import names, texts
 
     if name not in names() and not name.startswith("file:"):
@@ -175,7 +176,13 @@ def _show_source(name: str, split: str, samples: int) -> None:
         else:
             task = tasks.task(name.removeprefix("sft/"))
         for item in islice(task.items("test" if split == "val" else "train"), samples):
-            _sample("\n".join(f"{m['role']}: {_content(m['content'])}" for m in item.messages))
+            _sample(_talk(item.messages))
+    elif name.startswith("file:"):
+        documents = list(files.documents(name.removeprefix("file:")))
+        chats = sum(not isinstance(document, str) for document in documents)
+        print(f"{name}: {len(documents) - chats:,} texts, {chats:,} conversations\n")
+        for document in documents[:samples]:
+            _sample(document if isinstance(document, str) else _talk(document.messages))
     else:
         documents = texts(name, split)
         size = sum(len(text.encode()) for text in documents)
@@ -189,6 +196,10 @@ def _sample(text: str) -> None:
     print("-" * 40)
 
 
+def _talk(messages: list[dict]) -> str:
+    return "\n".join(f"{m['role']}: {_content(m['content'])}" for m in messages)
+
+
 def _drawn(picture) -> str:
     w, h = picture.size
     return f"[picture {w}x{h} {picture.to_json()}]"
@@ -197,7 +208,7 @@ def _drawn(picture) -> str:
 def _content(content) -> str:
     if isinstance(content, str):
         return content
-    return " ".join(part["text"] if part["type"] == "text" else _drawn(part["image"]) for part in content)
+    return " ".join(_drawn(part["image"]) if "image" in part else str(part.get("text", part)) for part in content)
 
 
 def tokenizer_train(args) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from puna import convert
+from puna.convert.load import open_model
 from puna.data import Batches, build
 from puna.errors import PunaError
 from puna.eval import bpb_evaluation
@@ -45,7 +46,7 @@ def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Pat
     init: what to start from where the stage has no checkpoint of its own. validation: texts by language for bits per
     byte during training. Errors: PunaError, with nothing half-written.
     """
-    model = start_model(run, processor, init)
+    config = fit_model(run.model, processor) if init is None else open_model(init)[0].config
     display = Display(run.stage, 1, quiet=quiet)
 
     def progress(name: str, done: int, total: int | None) -> None:
@@ -53,10 +54,17 @@ def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Pat
             display.note(f"{run.stage}: data {name}, {done:,} documents")
 
     display.close()
-    if run.data.seq_len > model.config.max_context:
-        raise PunaError(f"data.seq_len {run.data.seq_len} exceeds the model's max_context {model.config.max_context}")
-    sources = build(run.data, processor, model.config.chunk, folder / "data", progress)
+    if run.data.seq_len > config.max_context:
+        raise PunaError(f"data.seq_len {run.data.seq_len} exceeds the model's max_context {config.max_context}")
+    # Mistakes in the data are told before a model of any size is read.
+    sources = build(run.data, processor, config.chunk, folder / "data", progress)
     mixture = run.data.mixture({name: len(rows) for name, rows in sources.items()}, run.train.steps, run.train.rows)
+    for name, given in mixture.counts(run.train.steps * run.train.rows).items():
+        if name.startswith("file:"):
+            rows = sources[name]
+            left = f"; {rows.dropped} conversations longer than {run.data.seq_len} tokens left out" * bool(rows.dropped)
+            display.note(f"{run.stage}: {name}, {len(rows):,} rows, read {given / len(rows):.1f} times{left}")
+    model = start_model(run, processor, init)
     batches = Batches(sources, mixture, processor, run.train.rows, steps=run.train.steps, seed=run.data.seed)
     evaluations = ()
     if validation:
