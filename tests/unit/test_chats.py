@@ -43,14 +43,14 @@ def folder(tmp_path):
 
 def test_both_shapes_are_the_same_conversation(folder, tiny_processor):
     """A picture by path, as a data URL and under ShareGPT's mark: the same tokens, the same loss, the same pixels."""
-    text = {"type": "text", "text": "What is it?"}
+    text, said = {"type": "text", "text": "What is it?"}, {"from": "gpt", "value": ANSWER["content"]}
     rows = [
         asked({"type": "image_url", "image_url": {"url": "pictures/red.png"}}, text),
         asked({"type": "image_url", "image_url": {"url": url(png())}}, text),
         asked({"type": "image", "path": str(folder / "pictures" / "red.png")}, text),
-        {"conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red square."}],
+        {"conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, said],
          "images": ["pictures/red.png"]},
-        {"conversations": [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A red square."}],
+        {"conversations": [{"from": "human", "value": "<image>What is it?"}, said],
          "image": url(png())},
     ]  # fmt: skip
     chats = list(files.documents(write(folder / "a.jsonl", *rows)))
@@ -119,7 +119,7 @@ WRONG = [
     (asked({"type": "image_url", "image_url": {"url": url(png()[:-30])}}), "damaged or truncated"),
     (asked({"type": "image_url", "image_url": {"url": "data:image/png;base64,@@"}}), "base64 is damaged"),
     (asked({"type": "image_url"}), "must be a path or a data URL"),
-    ({"messages": [{"role": "assistant", "content": [{"type": "image", "image": "pictures/red.png"}]}]}, "user messages"),
+    ({"messages": [ANSWER | {"content": [{"type": "image", "image": "pictures/red.png"}]}]}, "user messages"),
     ({"conversations": [{"from": "cat", "value": "miau"}]}, "turn 1 is from the unknown 'cat'"),
     ({"conversations": [{"from": "gpt", "value": 3}]}, "turn 1: 'value' must be text"),
     ({"conversations": [{"from": "gpt", "value": "x"}], "images": ["pictures/red.png"]}, "no <image> mark"),
@@ -136,7 +136,8 @@ def test_a_wrong_row_says_which_and_why(folder, tiny_processor, row, what):
     with pytest.raises(PunaError) as caught:
         build(DataConfig(128, {name: 1}), tiny_processor, 128, folder / "cache")
     message = str(caught.value)
-    assert message.count("a.jsonl, line ") == 1 and "a.jsonl, line 3: " in message and what in message and "\n" not in message
+    assert message.count("a.jsonl, line ") == 1 and "a.jsonl, line 3: " in message and what in message
+    assert "\n" not in message
     assert not (folder / "cache").exists()
 
 
@@ -145,7 +146,8 @@ def test_all_bad_rows_are_counted_and_the_first_shown(folder, tiny_processor):
     path = write(folder / "a.jsonl", *rows)
     with pytest.raises(PunaError) as caught:
         build(DataConfig(128, {f"file:{path}": 1}), tiny_processor, 128)
-    assert str(caught.value).count("a.jsonl, line ") == 5 and str(caught.value).endswith(f"and {len(rows) - 5} more rows")
+    message = str(caught.value)
+    assert message.count("a.jsonl, line ") == 5 and message.endswith(f"and {len(rows) - 5} more rows")
 
 
 def test_pictures_need_a_model_that_sees(folder, tiny_processor):

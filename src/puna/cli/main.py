@@ -115,7 +115,7 @@ def build_parser() -> Parser:
         p.add_argument("--init", metavar="MODEL", help="start from this model (default: the run's stage before): a "
                        "run, stage, checkpoint, Hugging Face or Meta folder")  # fmt: skip
         p.add_argument("--data", metavar="FILE", help="train on this file or folder alone (text, JSONL of texts or "
-                       "chats) instead of the recipe's mixture; the same as --data.weights '{\"file:FILE\": 1}'")  # fmt: skip
+                       "chats), not the recipe's mixture; short for --data.weights '{\"file:FILE\": 1}'")  # fmt: skip
 
     p = command("generate", "talk:generate", "answer one prompt")
     _model(p)

@@ -171,7 +171,8 @@ def pack(
     chunk: the attention chunk; T is a multiple of it or shorter than it. pad: the token id in empty places. image: ids
     of <|image_start|> and <|image_end|>, needed where a document with pictures has to be cut. overlong: whether
     to "cut" a document longer than T or to "drop" it (a conversation: its answer makes no sense without the question).
-    filler: more documents, of which only those are used that fit into space otherwise left empty. window: tokens sorted at once.
+    filler: more documents, of which only those are used that fit into space otherwise left empty. window: tokens sorted
+    at once.
     """
     if T < 1 or chunk < 1 or (chunk < T and T % chunk):
         raise PunaError(f"seq_len {T} must be a multiple of the attention chunk {chunk}, or shorter")

@@ -211,9 +211,7 @@ def small_maverick() -> ModelConfig:
     return _small(128, 2, False)
 
 
-NANO_VISION = VisionConfig(
-    image_size=64, patch_size=16, width=128, layers=2, heads=4, mlp_width=512, adapter_width=256
-)
+NANO_VISION = VisionConfig(image_size=64, patch_size=16, width=128, layers=2, heads=4, mlp_width=512, adapter_width=256)
 
 
 def _nano(n_experts: int, moe_step: int, qk_norm: bool, d_model: int = 256, n_layers: int = 4) -> ModelConfig:

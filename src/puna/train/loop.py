@@ -37,9 +37,7 @@ class Stopped(Exception):
     """The run was asked to stop by a signal, has saved a checkpoint, and can be resumed."""
 
     def __init__(self, number: int, step: int):
-        super().__init__(
-            f"stopped by {signal.Signals(number).name} after step {step}; the same command goes on"
-        )
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; the same command goes on")
         self.code = 128 + number
 
 
