@@ -134,10 +134,17 @@ def build_parser() -> Parser:
     p = command("convert", "tools:convert", "write a model in another format")
     p.add_argument("source", metavar="SRC", help="a run, stage, checkpoint, Hugging Face or Meta folder")
     p.add_argument("target", metavar="DST", help="the folder to write")
-    p.add_argument("--to", required=True, choices=("puna", "hf", "meta"), help="the format")
+    p.add_argument("--to", required=True, choices=("puna", "hf", "meta", "peft"),
+                   help="the format; peft: the adapters of a LoRA run alone; all others: with them added")  # fmt: skip
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights (default: as they are)")
     p.add_argument("--shards", type=count, metavar="N", help="--to meta: files, one a tensor-parallel rank (default 8)")
     p.add_argument("--fp8", action="store_true", help="--to meta: routed experts in fp8, as in Meta's Maverick FP8")
+    p = command("quantize", "tools:quantize", "write a model whose experts are integers, for puna.load and LoRA")
+    p.add_argument("source", metavar="SRC", help="a run, stage, checkpoint, Hugging Face or Meta folder")
+    p.add_argument("target", metavar="DST", help="the folder to write")
+    p.add_argument("--to", required=True, choices=("int4", "int8"), help="numbers in groups of 128 with a scale")
+    p.add_argument("--targets", metavar="PATTERNS", help="parameter names, with commas between (default: "
+                   "*.moe.experts.*,*.moe.shared.*)")  # fmt: skip
     p = command("report", "tools:report", "show a run's results")
     p.add_argument("folder", metavar="RUN", help="a run's folder or its name in runs/")
 

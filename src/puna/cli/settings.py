@@ -96,6 +96,7 @@ def read(recipe: str, minutes: float | None = None) -> tuple[dict, bool, str | N
     elif isinstance(values, dict) and isinstance(values.get("config"), dict):  # a checkpoint's run.json
         values = dict(values["config"])
         init = values.pop("init", None)
+        values.pop("base", None)
     if not isinstance(values, dict) or "model" not in values:
         raise PunaError(f"{recipe} is no configuration of a run: it has no settings for a model")
     return values, "stage" in values, init

@@ -1,9 +1,10 @@
-"""The smaller commands: convert, report, recipe, data, tokenizer."""
+"""The smaller commands: convert, quantize, report, recipe, data, tokenizer."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import math
 import sys
 from itertools import islice, pairwise
 from pathlib import Path
@@ -19,35 +20,69 @@ SHOWN = 400  # characters of a sample
 def convert(args) -> None:
     """Writes a model in another format, parameter by parameter; an interrupted one goes on."""
     import torch
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    from puna.convert.folder import write_folder
+    from puna.convert import peft
     from puna.convert.huggingface import HuggingFaceFormat
-    from puna.convert.load import identity, open_model
+    from puna.convert.load import identity, open_adapters, open_model
     from puna.convert.meta import MetaFormat
     from puna.convert.puna import CheckpointFormat
 
     for option, given in (("--shards", args.shards is not None), ("--fp8", args.fp8)):
         if given and args.to != "meta":
             raise PunaError(f"{option} is for --to meta alone")
-    target = Path(args.target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):  # said before a long check, not after it
-        raise PunaError(f"{target} exists already: remove it or choose another name")
+    target = _new(args.target)
+    if args.to == "peft":
+        print(f"{target}: {peft.export(*open_adapters(args.source), target):,} parameters of adapters")
+        return
     store, processor = open_model(args.source)
     form = {
         "hf": lambda: HuggingFaceFormat(processor),
         "puna": lambda: CheckpointFormat(processor),
         "meta": lambda: MetaFormat(processor, 8 if args.shards is None else args.shards, args.fp8),
     }[args.to]()
+    _write(store, form, target, getattr(torch, args.dtype) if args.dtype else None, identity(store))
+    count = sum(map(math.prod, store.shapes().values()))
+    print(f"{target}: {count:,} parameters" + ("" if processor else ", without a tokenizer"))
+
+
+def quantize(args) -> None:
+    """Writes a model with its experts as integers, in slices; an interrupted one goes on."""
+    from puna.convert.load import identity, open_model
+    from puna.convert.puna import CheckpointFormat
+    from puna.convert.views import Quantizing
+    from puna.precision.quantized import EXPERTS, Quantization
+
+    target = _new(args.target)
+    quantization = Quantization(args.to, tuple(args.targets.split(",")) if args.targets else EXPERTS)
+    store, processor = open_model(args.source)
+    view = Quantizing(store, quantization)
+    form = CheckpointFormat(processor, quantization=quantization)
+    _write(view, form, target, None, f"{identity(store)} {quantization}")
+    size = sum(math.prod(shape) * view.dtype(name).itemsize for name, shape in view.shapes().items())
+    before = sum(math.prod(shape) * store.dtype(name).itemsize for name, shape in store.shapes().items())
+    print(f"{target}: {args.to}, {size / 1e9:,.3f} GB instead of {before / 1e9:,.3f}")
+
+
+def _new(text: str) -> Path:
+    """The folder to write, said to be taken before a long check, not after it."""
+    target = Path(text)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise PunaError(f"{target} exists already: remove it or choose another name")
+    return target
+
+
+def _write(store, form, target: Path, dtype, origin: str) -> None:
+    """`write_folder` with a bar."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from puna.convert.folder import write_folder
+
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("")
         write_folder(
-            store, form, target, getattr(torch, args.dtype) if args.dtype else None, identity(store),
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
-    count = sum(shape.numel() for shape in store.shapes().values())
-    print(f"{target}: {count:,} parameters" + ("" if processor else ", without a tokenizer"))
+            store, form, target, dtype, origin, lambda done, total: bar.update(task, completed=done, total=total)
+        )
 
 
 def report(args) -> None:

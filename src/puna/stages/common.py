@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from puna import convert
-from puna.convert.load import open_model
+from puna.convert.load import load_base, open_model
+from puna.convert.tensors import fill
 from puna.data import Batches, build
 from puna.errors import PunaError
 from puna.eval import bpb_evaluation
 from puna.fields import to_dict
-from puna.model import Llama4, ModelConfig
+from puna.model import Llama4, ModelConfig, lora
 from puna.processor import Processor
 from puna.stages.config import StageRun
 from puna.train import Evaluation, Job, checkpoint, train
@@ -31,12 +31,20 @@ def fit_model(config: ModelConfig, processor: Processor) -> ModelConfig:
     return dataclasses.replace(config, vocab_size=tokenizer.vocab_size, patch_token=tokenizer.patch)
 
 
-def start_model(run: StageRun, processor: Processor, init: str | Path | None) -> Llama4:
-    """The model of `init` (fp32 master weights), or a new one from the run's seed."""
+def start_model(run: StageRun, processor: Processor, init: str | Path | None, stage: Path) -> tuple[Llama4, dict]:
+    """The model of `init` (fp32 master weights, adapters added), or a new one from the run's seed; or `init` as it is
+    with new adapters, and then what to record about it. Goes on with the same base only (PunaError)."""
+    if not run.lora.rank:
+        if init is None:
+            return Llama4(fit_model(run.model, processor), seed=run.seed), {}
+        return fill(open_model(init)[0], torch.float32, None), {}
     if init is None:
-        return Llama4(fit_model(run.model, processor), seed=run.seed)
-    model, _ = convert.load(init, dtype=torch.float32)
-    return model
+        raise PunaError("lora.rank: an adapter needs a trained model beside it: give --init MODEL")
+    begun = checkpoint.newest(stage)
+    expected = begun["config"]["base"]["hashes"] if begun and begun["config"].get("base") else None
+    model, base = load_base(init, run.lora.base, expected)
+    lora.attach(model, run.lora, run.seed)
+    return model, {"base": base}
 
 
 def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Path | None = None,
@@ -64,13 +72,13 @@ def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Pat
             rows = sources[name]
             left = f"; {rows.dropped} conversations longer than {run.data.seq_len} tokens left out" * bool(rows.dropped)
             display.note(f"{run.stage}: {name}, {len(rows):,} rows, read {given / len(rows):.1f} times{left}")
-    model = start_model(run, processor, init)
+    model, base = start_model(run, processor, init, folder / run.stage)
     batches = Batches(sources, mixture, processor, run.train.rows, steps=run.train.steps, seed=run.data.seed)
     evaluations = ()
     if validation:
         evaluate = bpb_evaluation(processor, validation, window=run.data.seq_len)
         evaluations = (Evaluation("bpb", run.train.eval_every, evaluate),)
-    record = to_dict(run) | {"model": model.config.to_dict(), "init": None if init is None else str(init)}
+    record = to_dict(run) | {"model": config.to_dict(), "init": None if init is None else str(init)} | base
     job = Job(run.stage, folder / run.stage, model, processor, batches, run.train, record, evaluations=evaluations,
               quiet=quiet)  # fmt: skip
     return train(job)

@@ -13,6 +13,7 @@ from puna.data import DataConfig
 from puna.errors import PunaError
 from puna.eval import EvalConfig
 from puna.model import ModelConfig
+from puna.model.lora import LoRAConfig
 from puna.train import TrainConfig
 
 STAGES = ("pretrain", "midtrain", "sft")
@@ -71,6 +72,7 @@ class StageRun:
     data: DataConfig
     train: TrainConfig
     seed: int = 0
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # rank 0: the whole model is trained
 
     def with_model(self, model: ModelConfig) -> StageRun:
         return dataclasses.replace(self, model=model)

@@ -1,6 +1,7 @@
 """Checkpoints of a running stage: the one format of `convert/puna.py` plus what training needs to go on.
 
-    step-00000200/   model.safetensors, tokenizer.json, processor.json   what `puna.load` reads
+    step-00000200/   model.safetensors, tokenizer.json, processor.json   what `puna.load` reads; of a model with
+                     (adapter.safetensors)                                adapters these alone
                      optimizer.safetensors                                moments, balance bias, random state
                      run.json                                             resolved configuration, step, hash per tensor
 
@@ -24,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from puna.convert.puna import FORMAT, MODEL_FILE, RUN_FILE, STEP, CorruptCheckpoint, read_run, tensor_hash, write_model
+from puna.convert.puna import FORMAT, RUN_FILE, STEP, CorruptCheckpoint, held, read_run, tensor_hash, write_model
 from puna.errors import PunaError
 from puna.model import Llama4
 from puna.processor.files import sync_folder
@@ -130,9 +131,9 @@ def restore(folder: Path, model: Llama4, optimizer: torch.optim.Optimizer, balan
     Everything is verified before anything is changed. Errors: CorruptCheckpoint naming file and tensor.
     """
     run = read_run(folder)
-    weights = _tensors(folder / MODEL_FILE, run["hashes"])
+    file, parameters = held(model)
+    weights = _tensors(folder / file, run["hashes"])
     training = _tensors(folder / OPTIMIZER_FILE, run.get("training_hashes") or {})
-    parameters = dict(model.named_parameters())
     if weights.keys() != parameters.keys():
         name = sorted(weights.keys() ^ parameters.keys())[0]
         raise CorruptCheckpoint(f"{folder}: tensor {name} is missing or unexpected")
