@@ -102,6 +102,8 @@ def _parse(text: str, old: Any, path: str) -> Any:
     except ValueError:
         if old is None:
             return text
+        if isinstance(old, list) and all(isinstance(item, str) for item in old):
+            return text.split(",")
         raise PunaError(f"setting {path!r} must be like {old!r}, not {text!r}") from None
     if isinstance(old, int) and not isinstance(old, bool) and isinstance(value, float):
         raise PunaError(f"setting {path!r} must be a whole number, not {text!r}")

@@ -16,7 +16,7 @@ from puna.cli.settings import split_overrides
 from puna.errors import PunaError
 from puna.lock import lock
 
-TINY = '''
+TINY = """
 from puna.data import DataConfig
 from puna.model import ModelConfig, VisionConfig
 from puna.stages import RunConfig, StageConfig, TokenizerConfig
@@ -31,7 +31,7 @@ def recipe():
     data = DataConfig(64, {"sft/addition": 1.0}, options={"sft/addition": {"items": 64}})
     stage = StageConfig(data, train)
     return RunConfig("tiny", model, TokenizerConfig(400, chars=3000, code_chars=3000), stage, stage, stage)
-'''
+"""
 
 
 @pytest.fixture

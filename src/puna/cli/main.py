@@ -27,6 +27,28 @@ STAGES = {
 }
 
 
+SFT = """
+
+your own conversations, one JSON object a line, pictures by path (from the file's folder) or data URL:
+  {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]}
+  {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "cat.png"}},
+                {"type": "text", "text": "What is it?"}]}, {"role": "assistant", "content": "A cat."}]}
+  {"conversations": [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A cat."}],
+   "images": ["cat.png"]}
+every row is checked before anything is trained. For example:
+  puna sft --init MODEL --data my.jsonl --name mine --train.steps 200 --train.lr 1e-5 --data.seq_len 4096
+  puna convert runs/mine DST --to hf
+docs/finetuning.md tells more."""
+
+
+class Plain(argparse.HelpFormatter):
+    """Leaves the lines of an epilog as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        first, *rest = text.split("\n\n", 1)
+        return super()._fill_text(first, width, indent) + "".join(f"\n\n{part}" for part in rest)
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser whose errors name the nearest valid word, and whose options are never abbreviated."""
 
@@ -89,9 +111,12 @@ def build_parser() -> Parser:
     p.add_argument("--serve", action="store_true", help="open the chat page afterwards")
     p.add_argument("--port", type=port, default=8000, help="of the chat page (default 8000)")
     for stage, text in STAGES.items():
-        p = command(stage, "train:stage", text, epilog=settings)
+        p = command(stage, "train:stage", text, epilog=settings + SFT * (stage == "sft"), formatter_class=Plain)
         _recipe(p)
-        p.add_argument("--init", metavar="MODEL", help="start from this model (default: the run's stage before)")
+        p.add_argument("--init", metavar="MODEL", help="start from this model (default: the run's stage before): a "
+                       "run, stage, checkpoint, Hugging Face or Meta folder")  # fmt: skip
+        p.add_argument("--data", metavar="FILE", help="train on this file or folder alone (text, JSONL of texts or "
+                       "chats), not the recipe's mixture; short for --data.weights '{\"file:FILE\": 1}'")  # fmt: skip
 
     p = command("generate", "talk:generate", "answer one prompt")
     _model(p)
@@ -110,10 +135,17 @@ def build_parser() -> Parser:
     p = command("convert", "tools:convert", "write a model in another format")
     p.add_argument("source", metavar="SRC", help="a run, stage, checkpoint, Hugging Face or Meta folder")
     p.add_argument("target", metavar="DST", help="the folder to write")
-    p.add_argument("--to", required=True, choices=("puna", "hf", "meta"), help="the format")
+    p.add_argument("--to", required=True, choices=("puna", "hf", "meta", "peft"),
+                   help="the format; peft: the adapters of a LoRA run alone; all others: with them added")  # fmt: skip
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights (default: as they are)")
     p.add_argument("--shards", type=count, metavar="N", help="--to meta: files (default: the most that fit, up to 8)")
     p.add_argument("--fp8", action="store_true", help="--to meta: routed experts in fp8, as in Meta's Maverick FP8")
+    p = command("quantize", "tools:quantize", "write a model whose experts are integers, for puna.load and LoRA")
+    p.add_argument("source", metavar="SRC", help="a run, stage, checkpoint, Hugging Face or Meta folder")
+    p.add_argument("target", metavar="DST", help="the folder to write")
+    p.add_argument("--to", required=True, choices=("int4", "int8"), help="numbers in groups of 128 with a scale")
+    p.add_argument("--targets", metavar="PATTERNS", help="parameter names, with commas between (default: "
+                   "*.moe.experts.*,*.moe.shared.*)")  # fmt: skip
     p = command("report", "tools:report", "show a run's results, or several runs beside each other")
     p.add_argument("folders", nargs="+", metavar="RUN", help="a run's folder or its name in runs/")
     p.add_argument("--out", metavar="FILE.html", help="write the page there (several runs: default compare.html)")

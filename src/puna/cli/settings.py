@@ -96,6 +96,7 @@ def read(recipe: str, minutes: float | None = None) -> tuple[dict, bool, str | N
     elif isinstance(values, dict) and isinstance(values.get("config"), dict):  # a checkpoint's run.json
         values = dict(values["config"])
         init = values.pop("init", None)
+        values.pop("base", None)
     if not isinstance(values, dict) or "model" not in values:
         raise PunaError(f"{recipe} is no configuration of a run: it has no settings for a model")
     return values, "stage" in values, init
@@ -120,7 +121,10 @@ def stage_config(args, stage: str) -> tuple[StageRun, str | None]:
         values = to_dict(build(RunConfig, values).stage(stage))
     elif values["stage"] != stage:
         raise PunaError(f"{args.recipe} is of the stage {values['stage']}, not {stage}")
-    run = build(StageRun, apply(_named(values, args), args.overrides))
+    overrides = args.overrides
+    if args.data is not None:
+        overrides = [("data.weights", json.dumps({f"file:{args.data}": 1.0})), *overrides]
+    run = build(StageRun, apply(_named(values, args), overrides))
     return run, args.init or init
 
 

@@ -1,9 +1,10 @@
-"""The smaller commands: convert, report, recipe, tokenizer."""
+"""The smaller commands: convert, quantize, report, recipe, tokenizer."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -16,21 +17,20 @@ from puna.fields import build, nearest, to_dict
 def convert(args) -> None:
     """Writes a model in another format, parameter by parameter; an interrupted one goes on."""
     import torch
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    from puna.convert.folder import write_folder
+    from puna.convert import peft
     from puna.convert.huggingface import HuggingFaceFormat
-    from puna.convert.load import identity, with_model
+    from puna.convert.load import identity, open_adapters, with_model
     from puna.convert.meta import MetaFormat
     from puna.convert.puna import CheckpointFormat
 
     for option, given in (("--shards", args.shards is not None), ("--fp8", args.fp8)):
         if given and args.to != "meta":
             raise PunaError(f"{option} is for --to meta alone")
-    target = Path(args.target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):  # said before a long check, not after it
-        raise PunaError(f"{target} exists already: remove it or choose another name")
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    target = _new(args.target)
+    if args.to == "peft":
+        print(f"{target}: {peft.export(*open_adapters(args.source), target):,} parameters of adapters")
+        return
 
     def write(store, processor) -> None:
         form = {
@@ -38,16 +38,54 @@ def convert(args) -> None:
             "puna": lambda: CheckpointFormat(processor),
             "meta": lambda: MetaFormat(processor, args.shards, args.fp8),
         }[args.to]()
-        with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:
-            task = bar.add_task("")
-            write_folder(
-                store, form, target, getattr(torch, args.dtype) if args.dtype else None, identity(store),
-                lambda done, total: bar.update(task, completed=done, total=total),
-            )  # fmt: skip
-        count = sum(shape.numel() for shape in store.shapes().values())
+        _write(store, form, target, getattr(torch, args.dtype) if args.dtype else None, identity(store))
+        count = sum(map(math.prod, store.shapes().values()))
         print(f"{target}: {count:,} parameters" + ("" if processor else ", without a tokenizer"))
 
     with_model(args.source, write)
+
+
+def quantize(args) -> None:
+    """Writes a model with its experts as integers, in slices; an interrupted one goes on."""
+    from puna.convert.load import identity, with_model
+    from puna.convert.puna import CheckpointFormat
+    from puna.convert.views import Quantizing
+    from puna.precision.quantized import EXPERTS, Quantization
+
+    target = _new(args.target)
+    quantization = Quantization(args.to, tuple(args.targets.split(",")) if args.targets else EXPERTS)
+
+    def write(store, processor) -> None:
+        view = Quantizing(store, quantization)
+        form = CheckpointFormat(processor, quantization=quantization)
+        _write(view, form, target, None, f"{identity(store)} {quantization}")
+        size = sum(math.prod(shape) * view.dtype(name).itemsize for name, shape in view.shapes().items())
+        before = sum(math.prod(shape) * store.dtype(name).itemsize for name, shape in store.shapes().items())
+        print(f"{target}: {args.to}, {size / 1e9:,.3f} GB instead of {before / 1e9:,.3f}")
+
+    with_model(args.source, write)
+
+
+def _new(text: str) -> Path:
+    """The folder to write, said to be taken before a long check, not after it."""
+    target = Path(text)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise PunaError(f"{target} exists already: remove it or choose another name")
+    return target
+
+
+def _write(store, form, target: Path, dtype, origin: str) -> None:
+    """`write_folder` with a bar."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from puna.convert.folder import write_folder
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("")
+        write_folder(
+            store, form, target, dtype, origin, lambda done, total: bar.update(task, completed=done, total=total)
+        )
 
 
 def report(args) -> None:

@@ -84,13 +84,13 @@ def _before(folder: Path, name: str, after: str | None) -> Path | None:
 
 
 def _start(source: Path):
-    """(ModelConfig, Processor) of the model to start from; its weights are not kept."""
-    from puna.convert import load
+    """(ModelConfig, Processor) of the model to start from; its weights are not read."""
+    from puna.convert.load import open_model
 
-    model, processor = load(source, device="meta")
+    store, processor = open_model(source)
     if processor is None:
         raise PunaError(f"{source} holds no tokenizer, so there is nothing to read data with: put tokenizer.json there")
-    return model.config, processor
+    return store.config, processor
 
 
 def _claim(folder: Path, run, name: str, init: str | None) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from puna.convert.layout import FileStore, Store, move
-from puna.convert.tensors import parameter_shapes, read_json
+from puna.convert.tensors import read_json
 from puna.errors import PunaError
 from puna.lock import LOCK_FILE, lock
 from puna.model.config import ModelConfig
@@ -82,7 +82,7 @@ def write_folder(
 
 
 def _write(source: Store, form: Format, work: Path, dtype: torch.dtype | None, origin: str, progress) -> None:
-    config, shapes = source.config, parameter_shapes(source.config)
+    config, shapes = source.config, source.shapes()
     dtypes = {name: dtype or source.dtype(name) for name in shapes}
     sizes = {name: torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in shapes.items()}
     kinds = {name: str(kind) for name, kind in dtypes.items()}

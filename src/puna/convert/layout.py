@@ -25,6 +25,7 @@ from puna.convert.stored import CODES, Stored
 from puna.errors import PunaError
 from puna.model import Llama4
 from puna.model.config import ModelConfig
+from puna.model.weights import Weight, plain
 
 SLICE_BYTES = 64 * 2**20
 
@@ -50,6 +51,8 @@ class Store(Protocol):
 
     config: ModelConfig
 
+    def shapes(self) -> dict[str, Shape]: ...
+
     def dtype(self, name: str) -> torch.dtype: ...
 
     def read(self, name: str, start: int, stop: int) -> Tensor: ...
@@ -58,20 +61,25 @@ class Store(Protocol):
 
 
 class ModelStore:
-    """A model in memory."""
+    """A model in memory. It is read by its plain weights, integers brought back and adapters added, and written by what
+    it is made of."""
 
     def __init__(self, model: Llama4):
         self.config = model.config
-        self.parameters = {name: p.detach() for name, p in model.named_parameters()}
+        self.weights, self.parts = plain(model), model.state_dict()
+
+    def shapes(self) -> dict[str, Shape]:
+        return {name: tuple(weight.shape) for name, weight in self.weights.items()}
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.parameters[name].dtype
+        return self.parts[name].dtype if name in self.parts else self.weights[name].dtype
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        return self.parameters[name][start:stop].cpu()
+        weight = self.weights[name]
+        return (weight.rows(start, stop) if isinstance(weight, Weight) else weight.detach()[start:stop]).cpu()
 
     def write(self, name: str, start: int, rows: Tensor) -> None:
-        self.parameters[name][start : start + len(rows)].copy_(rows)
+        self.parts[name][start : start + len(rows)].copy_(rows)
 
 
 class FileStore:
@@ -80,9 +88,9 @@ class FileStore:
     def __init__(self, config: ModelConfig, pieces: dict[str, list[Piece]], table: dict[Key, Stored]):
         self.config, self.pieces, self.table = config, pieces, table
 
-    def shapes(self) -> dict[str, torch.Size]:
+    def shapes(self) -> dict[str, Shape]:
         """Of the parameters."""
-        return {name: torch.Size(parameter_shape(pieces)) for name, pieces in self.pieces.items()}
+        return {name: parameter_shape(pieces) for name, pieces in self.pieces.items()}
 
     def dtype(self, name: str) -> torch.dtype:
         return self.table[self.pieces[name][0].key].dtype

@@ -4,6 +4,7 @@ run.json + model.safetensors   a checkpoint
 step-00000120/ ...             a stage: its newest checkpoint that is not damaged
 [vision/] pretrain/ midtrain/ sft/   a run: its last finished stage
 config.json                    a Hugging Face folder
+adapter_config.json            adapters of PEFT's over one
 params.json, *.pth             a folder of Meta's
 
 `open_model` finds and checks the parameters without reading them: what `load` fills a model from and what
@@ -14,19 +15,23 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from puna.convert import peft
+from puna.convert.adapters import base_path, base_record, is_adapter, read_adapter, storage
 from puna.convert.huggingface import open_hf
 from puna.convert.layout import FileStore
 from puna.convert.meta import is_meta, open_meta
 from puna.convert.puna import MODEL_FILE, RUN_FILE, STEP, CorruptCheckpoint, load_checkpoint, open_checkpoint, read_run
 from puna.convert.tensors import fill
+from puna.convert.views import Adapters, Dequantizing, Merging, Quantizing, View, Watched
 from puna.errors import PunaError
-from puna.model import Llama4
+from puna.model import Llama4, ModelConfig, lora
+from puna.precision.quantized import Quantization
 from puna.processor import Processor
 
 Found = TypeVar("Found")
@@ -34,40 +39,144 @@ STAGES = ("sft", "midtrain", "pretrain", "vision")  # the furthest in a model's 
 
 
 def load(
-    path: str | os.PathLike, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> tuple[Llama4, Processor | None]:
-    """Loads a model: a run folder, a stage folder, a checkpoint folder, a Hugging Face folder or a folder of Meta's.
+    path: str | os.PathLike, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    quantize: str | None = None,
+) -> tuple[Llama4, Processor | None]:  # fmt: skip
+    """Loads a model: a run folder, a stage folder, a checkpoint folder, a Hugging Face folder (or an adapter of PEFT's)
+    or a folder of Meta's.
 
-    dtype: of the parameters; None keeps the stored type.  device: None is torch's default device.
+    dtype: of the parameters; None keeps the stored type.  device: None is torch's default device.  quantize: "int4" or
+    "int8" turns routed and shared experts into integers while they are read (precision/quantized.py).  What was stored
+    as integers stays so, and adapters stay beside their base (`model.lora.merge` adds them).
     Returns (model in evaluation mode, processor); the processor is None where the folder holds no tokenizer.
     Errors: PunaError in one line with what to do.  A damaged newest checkpoint of a stage is skipped with a warning;
     one that was named is an error that names the tensor.
     """
-    folder = find(path)
-    if checkpoints(folder):
-        model, processor = _newest(folder, lambda place: load_checkpoint(place, dtype, device))
-    elif _is_checkpoint(folder):
-        model, processor = load_checkpoint(folder, dtype, device)
-    else:
-        store, processor = open_model(folder)
-        model = fill(store, dtype, device)
+    wish = None if quantize is None else Quantization(quantize)
+    model, processor = _at(path, lambda folder: _load(folder, dtype, device, wish))
     return model.eval(), processor
 
 
-def open_model(path: str | os.PathLike) -> tuple[FileStore, Processor | None]:
-    """The same folders as `load`, their parameters found and checked but not read: (store, processor)."""
+def open_model(path: str | os.PathLike) -> tuple[FileStore | View, Processor | None]:
+    """The same folders as `load`, found and checked but not read: (store, processor). Its parameters are plain ones:
+    integers are brought back and adapters added as they are read."""
     return with_model(path, lambda store, processor: (store, processor))
 
 
-def with_model(path: str | os.PathLike, use: Callable[[FileStore, Processor | None], Found]) -> Found:
+def with_model(path: str | os.PathLike, use: Callable[[FileStore | View, Processor | None], Found]) -> Found:
     """`use(store, processor)` of what `open_model` finds. Damage of a stage's newest checkpoint may show only while
     `use` reads it: then there is a warning, and `use` is called again with the checkpoint before."""
+    return _at(path, lambda folder: use(*_open(folder)))
+
+
+def load_base(path: str | os.PathLike, base: str, expected: Mapping[str, str] | None = None) -> tuple[Llama4, dict]:
+    """The model that adapters are to be trained beside, and what to keep about it in run.json.
+
+    base: a LoRAConfig's. expected: hashes of the base of an earlier start; another base is a PunaError.
+    """
+    dtype, scheme = storage(base)
+    wish = None if scheme is None else Quantization(scheme)
+    model, hashes = _at(path, lambda folder: _watched(folder, dtype, None, wish, expected))
+    return model, base_record(path, scheme, hashes)
+
+
+def _at(path: str | os.PathLike, read: Callable[[Path], Found]) -> Found:
+    """What `read` makes of the folder that `path` means; of a stage's checkpoints the newest that is whole."""
     folder = find(path)
-    if checkpoints(folder):
-        return _newest(folder, lambda place: use(*open_checkpoint(place)))
+    return _newest(folder, read) if checkpoints(folder) else read(folder)
+
+
+def _load(folder: Path, dtype, device, wish: Quantization | None) -> tuple[Llama4, Processor | None]:
+    """A folder as it was trained or stored."""
+    found = _adapted(folder)
+    if found is not None:
+        if wish is not None:
+            raise PunaError(f"{folder} holds adapters over a base of its own: leave quantize out")
+        base, adapters, _, place = found
+        wish = Quantization(base["quantize"]) if base["quantize"] else None
+        model, _ = _at(place, lambda inner: _watched(inner, dtype, device, wish, base["hashes"]))
+        device = model.tok_embeddings.weight.device
+        lora.put(model, {name: (A.to(device), B.to(device), scale) for name, (A, B, scale) in adapters.items()})
+        return model, _processor(folder) or open_model(place)[1]
+    if wish is None and _is_checkpoint(folder):
+        return load_checkpoint(folder, dtype, device)
+    store, processor = _stored(folder)
+    store, quantization = _quantized(store, wish, folder)
+    return fill(store, dtype, device, quantization), processor
+
+
+def _watched(folder: Path, dtype, device, wish: Quantization | None, expected: Mapping[str, str] | None):
+    """(model, hash of every tensor as stored) of a base; one that is itself adapted counts with its adapters added."""
+    store, _ = _base(folder)
+    watched = Watched(store, str(folder), expected)
+    source, quantization = _quantized(watched, wish, folder)
+    return fill(source, dtype, device, quantization), watched.hashes
+
+
+def _quantized(store: FileStore | View, wish: Quantization | None, folder: Path):
+    """(the store as it is to be held, its quantisation)."""
+    inner = store.store if isinstance(store, Watched) else store
+    have = getattr(inner, "quantization", None)
+    if have is not None and wish is not None and have.scheme != wish.scheme:
+        raise PunaError(f"{folder} is stored as {have.scheme} already: it can't become {wish.scheme}")
+    return (store, have) if have is not None or wish is None else (Quantizing(store, wish), wish)
+
+
+def _open(folder: Path) -> tuple[FileStore | View, Processor | None]:
+    """The plain parameters of a folder."""
+    found = _adapted(folder)
+    if found is not None:
+        base, adapters, table, place = found
+        store, processor = _at(place, _base)
+        watched = Watched(store, str(place), base["hashes"])
+        if getattr(store, "quantization", None) is not None:
+            watched = Dequantizing(watched, store.quantization)
+        elif base["quantize"]:
+            quantization = Quantization(base["quantize"])
+            watched = Dequantizing(Quantizing(watched, quantization), quantization)
+        return Merging(watched, adapters, table), _processor(folder) or processor
+    store, processor = _stored(folder)
+    quantization = getattr(store, "quantization", None)
+    return (store if quantization is None else Dequantizing(store, quantization)), processor
+
+
+def _base(folder: Path) -> tuple[FileStore | View, Processor | None]:
+    """What an adapter stands beside: a folder's tensors as they are stored, one that is adapted itself as a whole."""
+    return _open(folder) if _adapted(folder) else _stored(folder)
+
+
+def _stored(folder: Path) -> tuple[FileStore, Processor | None]:
+    """What lies in the files of a folder that holds a whole model."""
     if _is_checkpoint(folder):
-        return use(*open_checkpoint(folder))
-    return use(*(open_meta(folder) if is_meta(folder) else open_hf(folder)))
+        return open_checkpoint(folder)
+    return open_meta(folder) if is_meta(folder) else open_hf(folder)
+
+
+def _adapted(folder: Path):
+    """(base, adapters, where they lie, the base's place) of a folder of adapters, or None."""
+    if checkpoints(folder):
+        return _newest(folder, _adapted)
+    if is_adapter(folder):
+        base, adapters, table = read_adapter(folder)
+        return base, adapters, table, base_path(base, folder)
+    if peft.is_peft(folder):
+        place = peft.base_of(folder)
+        adapters, table = peft.read(folder, _at(place, _base)[0].config)
+        return {"quantize": None, "hashes": None}, adapters, table, place
+    return None
+
+
+def open_adapters(path: str | os.PathLike) -> tuple[ModelConfig, Adapters, Path]:
+    """(the model's configuration, its adapters, the folder of their base). PunaError for a model without adapters."""
+    found = _adapted(find(path))
+    if found is None:
+        raise PunaError(f"{path} has no adapters: they are what a stage with --lora.rank trains")
+    return _at(found[3], _base)[0].config, found[1], found[3]
+
+
+def _processor(folder: Path) -> Processor | None:
+    has = (folder / "tokenizer.json").is_file() and (folder / "processor.json").is_file()
+    return Processor.load(folder) if has else None
 
 
 def find(path: str | os.PathLike) -> Path:
@@ -85,7 +194,7 @@ def find(path: str | os.PathLike) -> Path:
             if _finished(folder / stage):
                 return folder / stage
         raise PunaError(f"no stage of {folder} is finished yet: let it run on, or load {folder / stages[0]} as it is")
-    if is_meta(folder) or (folder / "config.json").is_file():
+    if is_meta(folder) or peft.is_peft(folder) or (folder / "config.json").is_file():
         return folder
     if (folder / MODEL_FILE).is_file():
         raise PunaError(
@@ -96,14 +205,15 @@ def find(path: str | os.PathLike) -> Path:
     )
 
 
-def identity(store: FileStore) -> str:
+def identity(store: FileStore | View) -> str:
     """Which files a store reads: paths, sizes and times of change, so that a conversion knows its source again."""
     files = sorted({stored.path.resolve() for stored in store.table.values()})
     return "\n".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return (folder / RUN_FILE).is_file() and ((folder / MODEL_FILE).is_file() or bool(STEP.search(folder.name)))
+    files = ((folder / MODEL_FILE).is_file(), is_adapter(folder), bool(STEP.search(folder.name)))
+    return (folder / RUN_FILE).is_file() and any(files)
 
 
 def checkpoints(stage: Path) -> list[Path]:

@@ -4,6 +4,9 @@ processor.json.
     run.json  {"format": 1, "config": {"model": {...}, ...}, "step": 1200, "finished": true, "hashes": {name: sha256},
                "files": {name: sha256}, "sha256": of this text}
 
+A quantised model has "quantized": {"scheme", "targets"} there, and NAME.q beside NAME.scale for a weight. What LoRA
+trained is `adapter.safetensors` alone, and config.base says beside which model it stands (convert/adapters.py).
+
 Every tensor's bytes have a SHA-256 in run.json, verified while reading, and so have the other files and run.json
 itself: a bit that flipped on a disk is found on loading, with the tensor's or file's name, not three days later in a
 loss curve.  safetensors and JSON only: no pickle, so a
@@ -34,13 +37,15 @@ from puna.convert.layout import FileStore, ModelStore, Piece, check, whole
 from puna.convert.stored import WEIGHTS, plan_safetensors
 from puna.convert.tensors import fill, folder_table, parameter_shapes, read_json
 from puna.errors import PunaError
-from puna.fields import build
-from puna.model import Llama4
+from puna.fields import build, to_dict
+from puna.model import Llama4, lora
 from puna.model.config import ModelConfig
+from puna.precision.quantized import SCHEMES, Quantization
 from puna.processor import Processor
 
 FORMAT = 1
 MODEL_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter.safetensors"
 RUN_FILE = "run.json"
 UNSEALED = "0" * 64
 STEP = re.compile(r"step-(\d+)$")
@@ -87,11 +92,19 @@ def tensor_hash(tensor: Tensor) -> str:
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
+def held(model: Llama4) -> tuple[str, dict[str, Tensor]]:
+    """What a checkpoint holds of a model, and in which file: all parameters, or the adapters alone where it has some,
+    for then all else is the base's."""
+    adapters = lora.adapters(model)
+    return (ADAPTER_FILE, adapters) if adapters else (MODEL_FILE, dict(model.named_parameters()))
+
+
 def write_model(model: Llama4, folder: str | os.PathLike) -> dict[str, str]:
-    """Writes `model.safetensors` into an existing folder and flushes it to the disk; returns the hash of every tensor,
-    for run.json."""
-    path = Path(folder) / MODEL_FILE
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    """Writes what is `held` into an existing folder and flushes it to the disk; returns the hash of every tensor, for
+    run.json."""
+    file, parameters = held(model)
+    path = Path(folder) / file
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
     save_file(tensors, path, metadata={"format": "pt"})
     with open(path, "rb+") as handle:
         os.fsync(handle.fileno())
@@ -114,14 +127,17 @@ class CheckpointFormat:
     processor: Processor | None = field(repr=False)
     step: int = 0
     run: dict = field(default_factory=dict)
+    quantization: Quantization | None = None  # the source's names are those of a quantised model
 
     def plan(self, config: ModelConfig, dtypes: dict[str, torch.dtype], folder: Path) -> FileStore:
-        shapes = parameter_shapes(config)
+        shapes = parameter_shapes(config, self.quantization)
         table = plan_safetensors(folder / MODEL_FILE, {name: (dtypes[name], shape) for name, shape in shapes.items()})
         return FileStore(config, _pieces(shapes), {(0, name): stored for name, stored in table.items()})
 
     def finish(self, config: ModelConfig, dtypes: dict[str, torch.dtype], hashes: dict[str, str], folder: Path) -> None:
         record = {"format": FORMAT, "config": {"model": config.to_dict()}, "step": self.step, "finished": True}
+        if self.quantization is not None:
+            record["quantized"] = to_dict(self.quantization)
         if self.processor is not None:
             self.processor.save(folder)
         write_run(folder, record | self.run | {"hashes": hashes})
@@ -166,7 +182,7 @@ def load_checkpoint(
     """
     store, processor = open_checkpoint(folder)
     try:
-        return fill(store, dtype, device), processor
+        return fill(store, dtype, device, store.quantization), processor
     except CorruptCheckpoint:
         raise
     except PunaError as error:
@@ -178,12 +194,18 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointStore, Processor | None]:
     run = read_run(folder)
     try:
         config = build(ModelConfig, run["config"]["model"])
-        shapes = parameter_shapes(config)
+        quantized = run.get("quantized")
+        quantization = build(Quantization, quantized, "quantized.") if quantized else None
+        shapes = parameter_shapes(config, quantization)
     except PunaError as error:
         raise CorruptCheckpoint(f"{folder / RUN_FILE}: config.model is damaged ({error})") from None
     try:
-        store = CheckpointStore(folder, config, _pieces(shapes), folder_table(folder), run["hashes"])
-        check(store, str(folder), lambda name: False, WEIGHTS)
+        store = CheckpointStore(folder, config, _pieces(shapes), folder_table(folder), run["hashes"], quantization)
+        integers = {SCHEMES[quantization.scheme].DTYPE} if quantization else set()
+        check(store, str(folder), lambda name: False, {*WEIGHTS, *integers})
+        for name in shapes:
+            if (store.dtype(name) in integers) != (bool(integers) and name.endswith(".q")):
+                raise PunaError(f"tensor {name} is stored as {store.dtype(name)} in {folder}: the file is damaged")
     except PunaError as error:
         raise CorruptCheckpoint(str(error)) from None
     verify_files(folder, run, (MODEL_FILE, "tokenizer.json", "processor.json"))  # behind what names a tensor
@@ -194,9 +216,10 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointStore, Processor | None]:
 class CheckpointStore(FileStore):
     """Verifies a tensor's hash while its rows are read, from the first to the last."""
 
-    def __init__(self, folder: Path, config: ModelConfig, pieces: dict, table: dict, hashes: dict[str, str]):
+    def __init__(self, folder: Path, config: ModelConfig, pieces: dict, table: dict, hashes: dict[str, str],
+                 quantization: Quantization | None):  # fmt: skip
         super().__init__(config, pieces, table)
-        self.folder, self.hashes = folder, hashes
+        self.folder, self.hashes, self.quantization = folder, hashes, quantization
         self.digests: dict[str, Any] = {}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:

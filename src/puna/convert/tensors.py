@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from puna.convert.layout import FileStore, Key, ModelStore, move
+from puna.convert.layout import Key, ModelStore, Store, move
 from puna.convert.stored import Stored, read_safetensors
 from puna.errors import PunaError
 from puna.model import Llama4
 from puna.model.config import ModelConfig
+from puna.precision.quantized import Quantization, attach
 from puna.processor import ImageProcessor, Processor, Tokenizer
 
 
@@ -70,21 +71,28 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's parameters, in the model's own order."""
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in Llama4(config).named_parameters()}
+def parameter_shapes(config: ModelConfig, quantization: Quantization | None = None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a model is made of, in the model's own order."""
+    return {name: tuple(p.shape) for name, p in _empty(config, quantization).state_dict().items()}
 
 
-def fill(store: FileStore, dtype: torch.dtype | None, device: torch.device | str | None) -> Llama4:
+def fill(store: Store, dtype: torch.dtype | None, device: torch.device | str | None,
+         quantization: Quantization | None = None) -> Llama4:  # fmt: skip
     """The model of a store: allocated once, then filled.  dtype None: the stored one (of the embeddings)."""
-    with torch.device("meta"):
-        model = Llama4(store.config)
-    model.to(dtype or store.dtype("tok_embeddings.weight"))
+    model = _empty(store.config, quantization, dtype or store.dtype("tok_embeddings.weight"))
     model.to_empty(device=torch.device(device) if device is not None else torch.get_default_device())
     target = ModelStore(model)
-    for name, parameter in target.parameters.items():
-        move(store, target, name, tuple(parameter.shape))
+    for name, shape in store.shapes().items():
+        move(store, target, name, shape)
+    return model
+
+
+def _empty(config: ModelConfig, quantization: Quantization | None, dtype: torch.dtype | None = None) -> Llama4:
+    """A model without data."""
+    with torch.device("meta"):
+        model = Llama4(config).to(dtype)
+    if quantization is not None:
+        attach(model, quantization)
     return model
 
 

@@ -17,7 +17,7 @@ document of its own. Each document alone is the oracle: packed or not, its logit
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -43,7 +43,7 @@ class EncodedLike(Protocol):
 class PackedRows:
     """Rows of T tokens. tokens, doc_ids int32 [R, T] (doc_ids count from 0 in each row, -1 is padding); loss bool [R,
     T]: may this token be a target; pictures: one list per row, in the order of their tokens; documents: how many went
-    in (before cutting); dropped: how many were left out for being longer than a row (only with overlong="drop")."""
+    in (before cutting); dropped: how many were left out for being longer than a row."""
 
     tokens: np.ndarray
     doc_ids: np.ndarray
@@ -161,7 +161,7 @@ def pack(
     pad: int,
     *,
     image: tuple[int, int] | None = None,
-    overlong: str = "cut",
+    overlong: Callable[[EncodedLike], str] = lambda doc: "cut",
     filler: Iterable[EncodedLike] = (),
     window: int = WINDOW,
     seed: int = 0,
@@ -169,14 +169,13 @@ def pack(
     """Pack documents into rows of T tokens; the same arguments always give the same rows.
 
     chunk: the attention chunk; T is a multiple of it or shorter than it. pad: the token id in empty places. image: ids
-    of <|image_start|> and <|image_end|>, needed where a document with pictures has to be cut. overlong: "cut" a
-    document longer than T, or "drop" it (conversations, whose answer makes no sense without the question). filler: more
-    documents, of which only those are used that fit into space otherwise left empty. window: tokens sorted at once.
+    of <|image_start|> and <|image_end|>, needed where a document with pictures has to be cut. overlong: whether
+    to "cut" a document longer than T or to "drop" it (a conversation: its answer makes no sense without the question).
+    filler: more documents, of which only those are used that fit into space otherwise left empty. window: tokens sorted
+    at once.
     """
     if T < 1 or chunk < 1 or (chunk < T and T % chunk):
         raise PunaError(f"seq_len {T} must be a multiple of the attention chunk {chunk}, or shorter")
-    if overlong not in ("cut", "drop"):
-        raise ValueError(f'overlong is "cut" or "drop", not {overlong!r}')
     chunk = min(chunk, T)
     packer = _Packer(T, chunk, seed)
     packer.offer(doc for doc in filler if 0 < len(doc.tokens) <= chunk)
@@ -185,7 +184,7 @@ def pack(
     for doc in docs:
         if len(doc.tokens) != len(doc.loss):
             raise ValueError(f"a document has {len(doc.tokens)} tokens but {len(doc.loss)} loss flags")
-        if len(doc.tokens) > T and overlong == "drop":
+        if len(doc.tokens) > T and overlong(doc) == "drop":
             dropped += 1
             continue
         documents += bool(len(doc.tokens))

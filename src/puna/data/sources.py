@@ -40,7 +40,7 @@ from puna.tasks import needle
 
 GROUP = 256  # documents encoded at once
 ITEMS = 4096  # documents of an endless source, where its options don't say
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -220,8 +220,8 @@ def _build(
         chunk,
         tokenizer.pad,
         image=(tokenizer.image_start, tokenizer.image_end),
-        # A conversation whose question is cut off teaches nothing.
-        overlong="drop" if name.startswith("sft/") else "cut",
+        # A conversation whose question is cut off teaches nothing; it ends with the end of a turn.
+        overlong=lambda document: "drop" if document.tokens[-1] == tokenizer.eot else "cut",
         filler=filler,
         seed=config.seed,
     )
@@ -238,8 +238,8 @@ def _build(
     return rows
 
 
-def _encoded(name: str, config: DataConfig, processor: Processor, split: str) -> tuple[Iterable[Encoded], int]:
-    """A source's documents, encoded a group at a time, and how many there are."""
+def _encoded(name: str, config: DataConfig, processor: Processor, split: str) -> tuple[Iterable[Encoded], int | None]:
+    """A source's documents, encoded a group at a time, and how many there are (None: known at the end)."""
     options = dict(config.options.get(name, {}))
     if name in tasks.DOCUMENTS:
         count = options.pop("items", ITEMS)
@@ -251,7 +251,7 @@ def _encoded(name: str, config: DataConfig, processor: Processor, split: str) ->
         items = task.items("test" if split == "val" else "train", seed=config.seed, level=level)
         return (processor.encode_chat(item.messages) for item in islice(items, count)), count
     if name.startswith("file:"):
-        return _file(name, config, processor)
+        return _file(name, config, processor), None
     if name.startswith("corpus:"):
         documents, count = corpus.documents(name.removeprefix("corpus:"), options, config.seed)
         return _in_groups(documents, lambda group: encode_mixed(processor, group)), count
@@ -294,21 +294,25 @@ def encode_mixed(processor: Processor, documents: list[str | list]) -> list[Enco
     return [next(plain if isinstance(each, str) else mixed) for each in documents]
 
 
-def _file(name: str, config: DataConfig, processor: Processor) -> tuple[Iterable[Encoded], int]:
-    """The user's texts and conversations. Conversations longer than a row are left out, as those of a task are."""
-    path = name.removeprefix("file:")
-    everything = list(files.documents(path))
-    talks = [document for document in everything if not isinstance(document, str)]
-    chosen = texts(name, max_chars=config.options.get(name, {}).get("max_chars"), seed=config.seed)
-
-    def encoded() -> Iterator[Encoded]:
-        yield from _in_groups(chosen, lambda group: encode_texts(processor, group))
-        for talk in talks:
-            document = processor.encode_chat(talk)
-            if len(document.tokens) <= config.seq_len:
-                yield document
-
-    return encoded(), len(chosen) + len(talks)
+def _file(name: str, config: DataConfig, processor: Processor) -> Iterator[Encoded]:
+    """The user's texts and conversations, encoded in one pass that checks every row: all bad ones are told at its
+    end, before anything is trained on."""
+    path, most = name.removeprefix("file:"), config.options.get(name, {}).get("max_chars")
+    bad, group = files.BadRows(), [] if most is None else texts(name, max_chars=most, seed=config.seed)
+    for document in files.documents(path, bad):
+        if isinstance(document, str):
+            group += [document] if most is None else []
+            if len(group) == GROUP:
+                yield from encode_texts(processor, group)
+                group = []
+            continue
+        encoded = None
+        with bad.at(document.where):
+            encoded = processor.encode_chat(document.messages)
+        if encoded is not None:
+            yield encoded
+    bad.check()
+    yield from encode_texts(processor, group)
 
 
 def _in_groups(documents: Iterable, encode: Callable[[list], list[Encoded]]) -> Iterator[Encoded]:
@@ -318,7 +322,7 @@ def _in_groups(documents: Iterable, encode: Callable[[list], list[Encoded]]) -> 
         yield from encode(group)
 
 
-def _reported(encoded: Iterable[Encoded], name: str, total: int, progress: Progress | None) -> Iterator[Encoded]:
+def _reported(encoded: Iterable[Encoded], name: str, total: int | None, progress: Progress | None) -> Iterator[Encoded]:
     """The same documents, telling how many have passed."""
     for done, document in enumerate(encoded):
         if progress is not None and done % GROUP == 0:

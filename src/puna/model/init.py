@@ -25,7 +25,8 @@ from torch import Tensor
 from puna.model.config import ModelConfig
 
 
-def _generator(seed: int, name: str, expert: int | None) -> torch.Generator:
+def generator(seed: int, name: str, expert: int | None) -> torch.Generator:
+    """The random source of one parameter (or one expert of it), keyed by its name."""
     key = hashlib.sha256(f"{seed}/{name}/{expert}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
 
@@ -60,7 +61,7 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
     value = torch.empty(shape)
     parts = [(value, None)] if ".experts." not in name else [(value[e], e) for e in range(shape[0])]
     for part, expert in parts:
-        torch.nn.init.trunc_normal_(part, 0.0, std, -3 * std, 3 * std, generator=_generator(seed, name, expert))
+        torch.nn.init.trunc_normal_(part, 0.0, std, -3 * std, 3 * std, generator=generator(seed, name, expert))
     return value
 
 

@@ -18,6 +18,7 @@ from puna.model.fusion import fuse
 from puna.model.init import initialise
 from puna.model.moe import FeedForward, MoE
 from puna.model.vision import VisionTower
+from puna.model.weights import plain
 
 
 class RMSNorm(nn.Module):
@@ -130,4 +131,4 @@ class Llama4(nn.Module):
 
     def parameter_count(self) -> ParameterCount:
         """Parameters by part, and active per token; works on the meta device."""
-        return count_parameters(self.config, {n: tuple(p.shape) for n, p in self.named_parameters()})
+        return count_parameters(self.config, {n: tuple(p.shape) for n, p in plain(self).items()})

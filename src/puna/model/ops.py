@@ -1,7 +1,8 @@
 """The few operations everything else is made of, and the seams where precision and devices plug in.
 
-`linear` and `expert_mm` are module-level names that callers reach as `ops.linear` / `ops.expert_mm`, so that FP8 or
-int8 versions can replace them in one place.
+`linear` and `expert_mm` are module-level names that callers reach as `ops.linear` / `ops.expert_mm`, so that FP8
+versions can replace them in one place; a weight that is no tensor but a `Weight` (weights.py: int8, int4, with an
+adapter) does its own product.
 
 **Mixed precision without autocast.** Parameters are fp32 master weights; activations carry the compute dtype. A
 linear layer casts its weight to the activations' dtype, and autograd's cast back gives the weight an fp32 gradient.
@@ -25,9 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puna.model.weights import Weight
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+
+def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None) -> Tensor:
     """x [..., D_in] @ weight[D_out, D_in]^T (+ bias) in x's dtype."""
+    if isinstance(weight, Weight):
+        return weight.linear(x, bias)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -106,11 +111,13 @@ class _ExpertMM(torch.autograd.Function):
         return dx_TD, dw_EDF, None
 
 
-def expert_mm(x_TD: Tensor, w_EDF: Tensor, counts_E: Tensor) -> Tensor:
+def expert_mm(x_TD: Tensor, w_EDF: Tensor | Weight, counts_E: Tensor) -> Tensor:
     """Rows of x_TD, sorted by expert with counts_E [E] rows each, times their expert's w_EDF[e]: [T, F].
 
     Errors: counts that do not sum to T (CPU path) raise ValueError; on CUDA they are the caller's contract.
     """
+    if isinstance(w_EDF, Weight):
+        return w_EDF.expert_mm(x_TD, counts_E)
     if x_TD.is_cuda:
         return F.grouped_mm(x_TD, w_EDF.to(x_TD.dtype), offs=counts_E.cumsum(0).to(torch.int32))
     counts = counts_E.tolist()

@@ -233,7 +233,6 @@ def serve(
     """
     from puna.convert import load
     from puna.engine import Engine, EngineThread
-    from puna.model.config import count_parameters
 
     limits = limits or Limits.from_env()
     listener = listen(host, port)
@@ -241,7 +240,7 @@ def serve(
         model, processor = load(model_path)
         if processor is None:
             raise PunaError(f"{model_path} holds no tokenizer, so it cannot chat; serve a stage's folder made by puna")
-        counts = count_parameters(model.config, {key: tuple(value.shape) for key, value in model.named_parameters()})
+        counts = model.parameter_count()
         engine = EngineThread(Engine(model, processor))
         app = create_app(
             engine, name or Path(model_path).resolve().name, fingerprint(model),
@@ -307,6 +306,6 @@ def fingerprint(model) -> str:
     from puna.convert.puna import tensor_hash
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}={tensor_hash(tensor)}\n".encode())
     return digest.hexdigest()

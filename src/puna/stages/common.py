@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from puna import convert
+from puna.convert.load import load_base, open_model, with_model
+from puna.convert.tensors import fill
 from puna.data import Batches, build
 from puna.errors import PunaError
 from puna.eval import answers_evaluation, bpb_evaluation
 from puna.fields import to_dict
-from puna.model import Llama4, ModelConfig
+from puna.model import Llama4, ModelConfig, lora
 from puna.processor import Processor
 from puna.stages.config import StageRun
 from puna.train import Evaluation, Job, checkpoint, train
@@ -31,12 +32,20 @@ def fit_model(config: ModelConfig, processor: Processor) -> ModelConfig:
     return dataclasses.replace(config, vocab_size=tokenizer.vocab_size, patch_token=tokenizer.patch)
 
 
-def start_model(run: StageRun, processor: Processor, init: str | Path | None) -> Llama4:
-    """The model of `init` (fp32 master weights), or a new one from the run's seed."""
+def start_model(run: StageRun, processor: Processor, init: str | Path | None, stage: Path) -> tuple[Llama4, dict]:
+    """The model of `init` (fp32 master weights, adapters added), or a new one from the run's seed; or `init` as it is
+    with new adapters, and then what to record about it. Goes on with the same base only (PunaError)."""
+    if not run.lora.rank:
+        if init is None:
+            return Llama4(fit_model(run.model, processor), seed=run.seed), {}
+        return with_model(init, lambda store, _: fill(store, torch.float32, None)), {}
     if init is None:
-        return Llama4(fit_model(run.model, processor), seed=run.seed)
-    model, _ = convert.load(init, dtype=torch.float32)
-    return model
+        raise PunaError("lora.rank: an adapter needs a trained model beside it: give --init MODEL")
+    begun = checkpoint.newest(stage)
+    expected = begun["config"]["base"]["hashes"] if begun and begun["config"].get("base") else None
+    model, base = load_base(init, run.lora.base, expected)
+    lora.attach(model, run.lora, run.seed)
+    return model, {"base": base}
 
 
 def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Path | None = None,
@@ -50,7 +59,7 @@ def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Pat
     loss, made for the model (None: next token). only: parameters whose names begin otherwise stay as they are. track:
     trackers of its metrics. Errors: PunaError, with nothing half-written.
     """
-    model = start_model(run, processor, init)
+    config = fit_model(run.model, processor) if init is None else open_model(init)[0].config
     display = Display(run.stage, 1, quiet=quiet)
 
     def progress(name: str, done: int, total: int | None) -> None:
@@ -58,10 +67,17 @@ def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Pat
             display.note(f"{run.stage}: data {name}, {done:,} documents")
 
     display.close()
-    if run.data.seq_len > model.config.max_context:
-        raise PunaError(f"data.seq_len {run.data.seq_len} exceeds the model's max_context {model.config.max_context}")
-    sources = build(run.data, processor, model.config.chunk, folder / "data", progress)
+    if run.data.seq_len > config.max_context:
+        raise PunaError(f"data.seq_len {run.data.seq_len} exceeds the model's max_context {config.max_context}")
+    # Mistakes in the data are told before a model of any size is read.
+    sources = build(run.data, processor, config.chunk, folder / "data", progress)
     mixture = run.data.mixture({name: len(rows) for name, rows in sources.items()}, run.train.steps, run.train.rows)
+    for name, given in mixture.counts(run.train.steps * run.train.rows).items():
+        if name.startswith("file:"):
+            rows = sources[name]
+            left = f"; {rows.dropped} conversations longer than {run.data.seq_len} tokens left out" * bool(rows.dropped)
+            display.note(f"{run.stage}: {name}, {len(rows):,} rows, read {given / len(rows):.1f} times{left}")
+    model, base = start_model(run, processor, init, folder / run.stage)
     batches = read(sources, mixture, processor, run.train.rows, steps=run.train.steps, seed=run.data.seed)
     evaluations = ()
     if validation:
@@ -70,12 +86,14 @@ def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Pat
             Evaluation("bpb", run.train.eval_every, evaluate),
             Evaluation("samples", run.train.eval_every, answers_evaluation(processor)),
         )
-    record = to_dict(run) | {"model": model.config.to_dict(), "init": None if init is None else str(init)}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(only))
+    record = to_dict(run) | {"model": config.to_dict(), "init": None if init is None else str(init)} | base
+    if only:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(only))
     job = Job(run.stage, folder / run.stage, model, processor, batches, run.train, record,
               term(model) if term else NextToken(), evaluations, quiet, track=track)  # fmt: skip
-    return train(job).requires_grad_()
+    model = train(job)
+    return model.requires_grad_() if only else model
 
 
 def is_finished(folder: Path, stage: str) -> bool:

@@ -13,6 +13,7 @@ from puna.data import DataConfig
 from puna.errors import PunaError
 from puna.eval import EvalConfig
 from puna.model import ModelConfig
+from puna.model.lora import LoRAConfig
 from puna.train import TrainConfig
 
 STAGES = ("vision", "pretrain", "midtrain", "sft")
@@ -81,6 +82,7 @@ class StageRun:
     train: TrainConfig
     seed: int = 0
     after: str | None = None  # a stage of this recipe that pre-training starts from
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # rank 0: the whole model is trained
 
     def with_model(self, model: ModelConfig) -> StageRun:
         return dataclasses.replace(self, model=model)

@@ -67,6 +67,8 @@ def vision(run: StageRun, folder: Path, processor: Processor, init: str | Path |
     """Trains `folder`/vision; options as in `run_stage`. PunaError for a model without a tower, or without pictures."""
     if run.model.vision is None:
         raise PunaError("the stage `vision` trains the vision tower, but model.vision is none: leave it out")
+    if run.lora.rank:
+        raise PunaError("the stage `vision` trains the whole tower: leave lora.rank at 0")
     options["validation"] = None  # nothing here reads text
     words = [token for concept in by_id() for token in _name(processor, concept)]
     return run_stage(run, folder, processor, init, read=LookBatches, term=lambda model: Names(model, words),

@@ -1,6 +1,7 @@
 """Checkpoints of a running stage: the one format of `convert/puna.py` plus what training needs to go on.
 
-    step-00000200/   model.safetensors, tokenizer.json, processor.json   what `puna.load` reads
+    step-00000200/   model.safetensors, tokenizer.json, processor.json   what `puna.load` reads; of a model with
+                     (adapter.safetensors)                                adapters these alone
                      optimizer.safetensors                                moments, balance bias, random state
                      run.json                                             resolved configuration, step, hash per tensor
 
@@ -26,9 +27,9 @@ from torch import Tensor
 from puna.convert.layout import finite
 from puna.convert.puna import (
     FORMAT,
-    MODEL_FILE,
     STEP,
     CorruptCheckpoint,
+    held,
     read_run,
     tensor_hash,
     verify_files,
@@ -146,10 +147,10 @@ def restore(folder: Path, model: Llama4, optimizer: torch.optim.Optimizer, balan
     Everything is verified before anything is changed. Errors: CorruptCheckpoint naming file and tensor.
     """
     run = read_run(folder)
-    weights = _tensors(folder / MODEL_FILE, run["hashes"])
+    file, parameters = held(model)
+    weights = _tensors(folder / file, run["hashes"])
     training = _tensors(folder / OPTIMIZER_FILE, run.get("training_hashes") or {})
     verify_files(folder, run, run.get("files", {}))
-    parameters = dict(model.named_parameters())
     if weights.keys() != parameters.keys():
         name = sorted(weights.keys() ^ parameters.keys())[0]
         raise CorruptCheckpoint(f"{folder}: tensor {name} is missing or unexpected")

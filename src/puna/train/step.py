@@ -58,7 +58,8 @@ def accumulate_gradients(model: Llama4, batch: Batch, term: Term, denominator: i
         total = total + loss.detach()
         for name, value in sums.items():
             metrics[name] = metrics.get(name, 0) + value.detach()
-    hidden_nD.backward(torch.cat(gradients))
+    if hidden_nD.requires_grad:  # not where an adapter on the head is all that is trained
+        hidden_nD.backward(torch.cat(gradients))
     return total, metrics
 
 
@@ -153,11 +154,13 @@ class Balancer:
     """Loss-free load balancing (arXiv 2408.15664): b_e += u * sign(mean load - load_e), re-centred to mean 0.
 
     The bias moves the argmax while training and nothing else. It is training state: saved with checkpoints, never
-    part of the model. `scale` in 0..1 fades its effect out before a stage ends (`optim.schedule.anneal`).
+    part of the model. `scale` in 0..1 fades its effect out before a stage ends (`optim.schedule.anneal`). Frozen
+    routers (LoRA) are left alone: they could not learn to do without it.
     """
 
     def __init__(self, model: Llama4, update: float):
-        self.layers, self.update = moe_layers(model), update
+        self.layers = moe_layers(model)
+        self.update = update if any(p.requires_grad for m in self.layers for p in m.router.parameters()) else 0.0
         device = model.tok_embeddings.weight.device
         self.bias = [torch.zeros(m.n_experts, device=device) for m in self.layers]
 
