@@ -149,7 +149,7 @@ def test_only_the_tower_learns_and_pretraining_begins_with_it(tmp_path, run_and_
     text = dataclasses.replace(run.data, weights={"captions": 1.0}, options={"captions": {"items": 60}})
     frozen = dataclasses.replace(run.train, steps=1, lr=1e-12)
     after = dataclasses.replace(run, stage="pretrain", data=text, train=frozen, after="vision")
-    with pytest.raises(PunaError, match="run `puna vision` first"):
+    with pytest.raises(PunaError, match="run `puna vision`, or --init"):
         pretrain(after, tmp_path / "other", processor, quiet=True)
     start = pretrain(after, tmp_path, processor, quiet=True)
     name = "vision.projector.weight"

@@ -61,8 +61,8 @@ def base_path(base: dict, folder: Path) -> Path:
     path = Path(base["path"])
     if not path.exists():
         raise PunaError(
-            f"the base of {folder} is no longer at {path}: put it back, or write its place into {folder / RUN_FILE}, "
-            "config.base.path"
+            f"the base of {folder} is no longer at {path}: put it back, or a link to "
+            "where it is now"
         )
     return path
 
