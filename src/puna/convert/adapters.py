@@ -60,10 +60,7 @@ def base_path(base: dict, folder: Path) -> Path:
     """Where the base is. PunaError if it is gone."""
     path = Path(base["path"])
     if not path.exists():
-        raise PunaError(
-            f"the base of {folder} is no longer at {path}: put it back, or a link to "
-            "where it is now"
-        )
+        raise PunaError(f"the base of {folder} is no longer at {path}: put it back, or a link to where it is now")
     return path
 
 
