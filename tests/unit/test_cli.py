@@ -287,7 +287,7 @@ def test_raise_calls_life_and_shows_the_report(puna, monkeypatch):
     assert code == 0 and len(calls) == 1
     (run, folder), options = calls[0]
     assert (run.name, run.seed, run.sft.train.steps, run.pretrain.train.steps) == ("mine", 3, 7, 2)
-    assert folder.as_posix() == "runs/mine" and options == {"minutes": 1.5, "fresh": False}
+    assert folder.as_posix() == "runs/mine" and options == {"minutes": 1.5, "fresh": False, "track": ()}
     assert "1 of 2 goals met" in out and "runs/mine/report.html" in out
     assert puna("raise", "tiny.py", "--serve", "--fresh", "--port", "0")[0] == 0
     assert calls[1][1] == {"minutes": None, "fresh": True}
