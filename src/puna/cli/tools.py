@@ -167,19 +167,35 @@ def tokenizer_train(args) -> None:
 
 
 def tokenizer_stats(args) -> None:
-    """Bytes per token on held-out text: the same text in fewer tokens is a better fit to that language."""
-    from puna import nursery
-    from puna.processor import Tokenizer
+    """Bytes per token and tokens per word on held-out text, by language, beside other tokenizers'."""
+    import time
 
-    tokenizer = Tokenizer.load(_tokenizer_file(Path(args.tokenizer)))
-    rows = []
-    for name in (*nursery.LANGUAGES, "code"):
-        documents = nursery.code("val") if name == "code" else nursery.texts(name, "val")
-        size = sum(len(text.encode()) for text in documents)
-        tokens = sum(map(len, tokenizer.encode_batch(documents)))
-        rows.append((name, f"{size:,}", f"{tokens:,}", f"{size / max(tokens, 1):.3f}"))
-    print(f"{tokenizer.vocab_size:,} tokens")
-    show.table(("text", "bytes", "tokens", "bytes per token"), rows)
+    from puna.eval.fertility import CHARACTERS, load_tokenizer, measure, result_rows
+    from puna.eval.record import result_json
+    from puna.processor.files import write_atomic
+
+    begun, files = time.perf_counter(), [str(_tokenizer_file(Path(args.tokenizer))), *args.against]
+    names = [args.tokenizer, *args.against]
+    if len(set(names)) < len(names):
+        raise PunaError("each tokenizer can be measured once: leave the repeated --against out")
+    fits = {}
+    for name, file in zip(names, files, strict=True):
+        tokenizer = load_tokenizer(file)
+        print(f"{name}: {tokenizer.vocab_size:,} tokens")
+        fits[name] = measure(tokenizer)
+    for name, measured in fits.items():
+        print(f"\n{name}")
+        show.table(
+            ("text", "bytes", "tokens", "bytes per token", f"tokens to {names[0]}'s", "tokens per word"),
+            [(fit.name, f"{fit.bytes:,}", f"{fit.tokens:,}", f"{fit.bytes_per_token:.3f}",
+              f"{fit.tokens / first.tokens:.3f}",
+              f"{fit.fertility:.3f}" + (" per character" if fit.unit == CHARACTERS else ""))
+             for fit, first in zip(measured, fits[names[0]], strict=True)],
+        )  # fmt: skip
+    if args.out:
+        config = {"tokenizer": args.tokenizer, "against": args.against}
+        values = result_json(result_rows(fits), config, time.perf_counter() - begun)
+        write_atomic(args.out, json.dumps(values, indent=1) + "\n")
 
 
 def _tokenizer_file(path: Path) -> Path:
@@ -188,7 +204,8 @@ def _tokenizer_file(path: Path) -> Path:
     folders = [path, path / "tokenizer", *checkpoints(path)]
     for stage in STAGES:
         folders += checkpoints(path / stage)
-    for file in (path, *(folder / "tokenizer.json" for folder in folders)):
+    names = ("tokenizer.json", "tokenizer.model")
+    for file in (path, *(folder / name for folder in folders for name in names)):
         if file.is_file():
             return file
     raise PunaError(f"there is no tokenizer.json at {path}: train one with `puna tokenizer train --out {path}`")

@@ -18,17 +18,21 @@ from __future__ import annotations
 
 import base64
 import binascii
+import gzip
 import os
+import zlib
 from collections.abc import Iterable
+from pathlib import Path
 
 from puna.errors import PunaError
 from puna.processor.files import read_text
 
 
 def read_ranks(path: str | os.PathLike) -> list[bytes]:
-    """The tokens of a ``tokenizer.model`` in order of their ids. Raises `PunaError` naming the line that is wrong."""
+    """The tokens of a ``tokenizer.model`` in order of their ids; of its gzip, where the name ends so. Raises
+    `PunaError` naming the line that is wrong."""
     tokens: list[bytes] = []
-    for number, line in enumerate(read_text(path, "tokenizer").splitlines(), 1):
+    for number, line in enumerate(_text(Path(path)).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -42,6 +46,15 @@ def read_ranks(path: str | os.PathLike) -> list[bytes]:
     if len(set(tokens)) < len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
         raise PunaError(f"{path} is damaged: a token stands there twice, or some single bytes do not")
     return tokens
+
+
+def _text(path: Path) -> str:
+    if path.suffix != ".gz":
+        return read_text(path, "tokenizer")
+    try:
+        return gzip.decompress(path.read_bytes()).decode("ascii")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise PunaError(f"cannot read tokenizer {path}: {error}") from error
 
 
 def write_ranks(tokens: Iterable[bytes]) -> str:
