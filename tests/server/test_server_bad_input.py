@@ -81,7 +81,7 @@ def test_infinite_temperature_by_overflow(client):
 
 
 @pytest.mark.parametrize(
-    "field", ["tools", "response_format", "logprobs", "logit_bias", "frequency_penalty", "user", "functions"]
+    "field", ["parallel_tool_calls", "response_format", "logprobs", "logit_bias", "user", "functions"]
 )
 def test_known_but_unsupported_fields(client, field):
     error = refused(client.post(PATH, json=ask(**{field: None})), 400, field, "not supported")
@@ -125,7 +125,7 @@ def user(content):
         (None, "messages"), ([], "messages"), ("hello", "messages"), ({}, "messages"), ([1], "messages[0]"),
         ([None], "messages[0]"),
         ([{}], "messages[0]"), ([{"role": "user"}], "messages[0].content"), ([{"content": "a"}], "messages[0]"),
-        ([{"role": "developer", "content": "a"}], "messages[0]"), ([{"role": "tool", "content": "a"}], "messages[0]"),
+        ([{"role": "developer", "content": "a"}], "messages[0]"), ([{"role": "tool"}], "messages[0].content"),
         ([{"role": 3, "content": "a"}], "messages[0]"), ([{"role": ["user"], "content": "a"}], "messages[0]"),
         ([user(None)], "messages[0].content"), ([user(5)], "messages[0].content"), ([user({})], "messages[0].content"),
         ([user([])], "messages[0].content"), ([user("")], "messages[0].content"),

@@ -161,7 +161,7 @@ def test_tools_are_offered_in_the_system_message():
     assert json.loads(text[text.index("\n\n") :]) == [WEATHER["function"]] and "[name(argument=value" in text
     assert len({offer([WEATHER], form) for form in FORMS}) == 3
     user = {"role": "user", "content": "hi"}
-    assert with_tools([user], [WEATHER]) == [{"role": "system", "content": text}, user]
+    assert with_tools([user], [WEATHER]) == [{"role": "system", "content": [{"type": "text", "text": text}]}, user]
     parts = with_tools([{"role": "system", "content": "Be kind."}, user], [WEATHER])[0]["content"]
     assert [part["text"] for part in parts] == ["Be kind.", f"\n\n{text}"]
 

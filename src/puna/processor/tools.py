@@ -87,7 +87,7 @@ def with_tools(messages: Sequence[dict], tools: Sequence[dict], form: str = "pyt
     text = offer(tools, form)
     first = messages[0] if messages else None
     if not isinstance(first, dict) or first.get("role") != "system":
-        return [{"role": "system", "content": text}, *messages]
+        return [{"role": "system", "content": [{"type": "text", "text": text}]}, *messages]
     content = first.get("content")
     parts = list(content) if isinstance(content, (list, tuple)) else [{"type": "text", "text": content}]
     return [first | {"content": [*parts, {"type": "text", "text": f"\n\n{text}"}]}, *messages[1:]]

@@ -106,8 +106,9 @@ def create_app(
             answer = await asyncio.to_thread(_submit, engine, chat, card, limits)
             options = chat.stream_options
             completion = Completion(
-                card.name, answer.prompt_tokens, limits.boxes, bool(options and options.include_usage)
-            )
+                card.name, answer.prompt_tokens, limits.boxes, bool(options and options.include_usage),
+                [tool["function"]["name"] for tool in chat.offered],
+            )  # fmt: skip
             if not chat.stream:
                 return await _whole(request, answer, completion)
             place.keep()

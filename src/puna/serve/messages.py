@@ -20,6 +20,7 @@ from PIL import Image
 
 from puna.errors import PunaError
 from puna.processor.image import open_picture
+from puna.processor.tools import offer, read_calls, with_tools
 from puna.serve.errors import ApiError
 from puna.serve.limits import Limits
 from puna.serve.schemas import ChatRequest
@@ -37,17 +38,52 @@ def to_processor(request: ChatRequest, limits: Limits, sees: bool = True) -> lis
     Raises ApiError 400 for an impossible order of roles, too much text, or a picture that is refused."""
     order(request)
     budget = _Budget(limits, sees)
-    return [_message(m, f"messages[{i}]", budget) for i, m in enumerate(request.messages)]
+    messages = [_message(m, f"messages[{i}]", budget) for i, m in enumerate(request.messages)]
+    _sort_results(messages)
+    if not request.offered:
+        return messages
+    try:
+        budget.text(offer(request.offered), "tools")
+    except PunaError as error:
+        raise ApiError(400, str(error), "tools", "invalid_value") from None
+    return with_tools(messages, request.offered)
 
 
 def order(request: ChatRequest) -> None:
-    """At most one system message, first; the last word is the user's, so that there is something to answer."""
+    """At most one system message, first; every tool call answered right behind it, once; the last word is the user's
+    or a tool's, so that there is something to answer."""
+    waiting: list[str] = []  # ids of calls without a result
     for i, message in enumerate(request.messages):
         if message.role == "system" and i > 0:
             raise ApiError(400, "only the first message may be a system message", f"messages[{i}].role")
+        if message.role == "tool":
+            if message.tool_call_id not in waiting:
+                name = f"messages[{i}].tool_call_id"
+                raise ApiError(400, "a tool message must answer a call of the assistant message before it, once", name)
+            waiting.remove(message.tool_call_id)
+        elif waiting:
+            text = f"the tool call {waiting[0][:64]!r} has no tool message behind it"
+            raise ApiError(400, text, f"messages[{i}].role")
+        elif message.role == "assistant":
+            waiting = [call.id for call in message.tool_calls or ()]
+            if len(set(waiting)) < len(waiting):
+                raise ApiError(400, "two tool calls have the same id", f"messages[{i}].tool_calls")
+            if message.content is None and not waiting:
+                raise ApiError(400, "content is missing", f"messages[{i}].content", "missing_parameter")
     last = len(request.messages) - 1
-    if request.messages[last].role != "user":
-        raise ApiError(400, "the last message must be the user's", f"messages[{last}].role")
+    if request.messages[last].role not in ("user", "tool") or waiting:
+        raise ApiError(400, "the last message must be the user's, or the last tool's", f"messages[{last}].role")
+
+
+def _sort_results(messages: list[dict]) -> None:
+    """Brings tool results into the order of their calls: the model's format has no ids that could tell them apart."""
+    calls: list[str] = []
+    begin = 0
+    for i, message in enumerate([*messages, {}]):
+        if message.get("role") == "tool":
+            continue
+        messages[begin:i] = sorted(messages[begin:i], key=lambda m: calls.index(m["tool_call_id"]))
+        calls, begin = [call["id"] for call in message.get("tool_calls") or ()], i + 1
 
 
 class _Budget:
@@ -87,15 +123,24 @@ class _Budget:
 
 
 def _message(message, name: str, budget: _Budget) -> dict:
+    calls = [call.model_dump() for call in message.tool_calls or ()] if message.role == "assistant" else []
+    ids = {"tool_call_id": message.tool_call_id} if message.role == "tool" else {}
+    try:
+        read_calls(calls)
+    except PunaError as error:
+        raise ApiError(400, str(error), f"{name}.tool_calls", "invalid_value") from None
+    for i, call in enumerate(calls):
+        budget.text(call["function"]["arguments"], f"{name}.tool_calls[{i}].function.arguments")
     content, name = message.content, f"{name}.content"
     if isinstance(content, str):
         parts = [{"type": "text", "text": budget.text(content, name)}]
     else:
-        parts = [_part(part, f"{name}[{i}]", budget) for i, part in enumerate(content)]
+        parts = [_part(part, f"{name}[{i}]", budget) for i, part in enumerate(content or ())]
     pictures = any(part["type"] == "image" for part in parts)
     if message.role == "user" and not pictures and not any(part["text"].strip() for part in parts):
         raise ApiError(400, f"{name} is empty", name)
-    return {"role": message.role, "content": parts}
+    asked = {"tool_calls": calls} if calls else {}
+    return {"role": message.role, "content": parts, **asked, **ids}
 
 
 def _part(part, name: str, budget: _Budget) -> dict:

@@ -21,7 +21,7 @@ from puna.serve.limits import Limits
 UNSUPPORTED = (
     "audio", "frequency_penalty", "function_call", "functions", "logit_bias", "logprobs", "metadata", "modalities",
     "parallel_tool_calls", "prediction", "presence_penalty", "prompt_cache_key", "reasoning_effort", "response_format",
-    "safety_identifier", "service_tier", "store", "tool_choice", "tools", "top_logprobs", "user", "verbosity",
+    "safety_identifier", "service_tier", "store", "top_logprobs", "user", "verbosity",
     "web_search_options",
 )  # fmt: skip
 
@@ -101,17 +101,50 @@ class UserMessage(Strict):
     content: UserContent
 
 
+class CalledFunction(Strict):
+    name: Text
+    arguments: Text  # JSON
+
+
+class ToolCall(Strict):
+    id: Text
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(Strict):
     role: Literal["assistant"]
+    content: PlainContent | None = None
+    tool_calls: list[ToolCall] | None = None
+    refusal: None = None  # these two because clients send answers back as they came
+    boxes: list[dict[str, Any]] | None = None
+
+
+class ToolMessage(Strict):
+    role: Literal["tool"]
     content: PlainContent
+    tool_call_id: Text
 
 
 Message = Annotated[
     Annotated[SystemMessage, Tag("~system")]
     | Annotated[UserMessage, Tag("~user")]
-    | Annotated[AssistantMessage, Tag("~assistant")],
-    _choice(_message, "a message must be an object whose role is 'system', 'user' or 'assistant'"),
+    | Annotated[AssistantMessage, Tag("~assistant")]
+    | Annotated[ToolMessage, Tag("~tool")],
+    _choice(_message, "a message must be an object whose role is 'system', 'user', 'assistant' or 'tool'"),
 ]
+
+
+class Function(Strict):
+    name: Text
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema, shown to the model
+    strict: Literal[False] | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
 
 
 class StreamOptions(Strict):
@@ -133,6 +166,8 @@ class ChatRequest(Strict):
     seed: Annotated[int, Field(ge=0, le=INT64)] | None = None
     stop: Text | list[Text] | None = None
     n: Literal[1] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
 
     @property
     def limit(self) -> int | None:
@@ -142,6 +177,13 @@ class ChatRequest(Strict):
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def offered(self) -> list[dict]:
+        """The tools the model may call, without what the client left out or what only a server heeds."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools or ()]
 
 
 def read_json(raw: bytes, limits: Limits) -> dict:

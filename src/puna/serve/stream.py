@@ -7,6 +7,10 @@
     data: {... "choices":[],"usage":{...}}              only with stream_options.include_usage
     data: [DONE]
 
+Where the request offered `tools`, the answer is read for calls as it comes (`puna.processor.tools`). A call is sent
+whole, as one entry of `delta.tool_calls`, when its last character is there; text that may be the beginning of one
+waits; and an answer that ends with calls has the finish_reason "tool_calls".
+
 `boxes` is our one addition: each box of the answer, parsed and checked by the one parser
 (`puna.processor.grounding`), is sent as soon as its last character is there. The text keeps the box as well, so other
 clients lose nothing.
@@ -20,12 +24,13 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from starlette.responses import Response
 
 from puna.processor.grounding import parse_boxes
+from puna.processor.tools import Call, CallParser
 from puna.serve import errors
 
 log = logging.getLogger("puna.serve")
@@ -63,17 +68,42 @@ def usage(prompt: int, completion: int) -> dict:
 class Completion:
     """The frame of one answer: its id, time and model, and the JSON objects made of its pieces."""
 
-    def __init__(self, model: str, prompt_tokens: int, most_boxes: int, include_usage: bool = False):
+    def __init__(
+        self, model: str, prompt_tokens: int, most_boxes: int, include_usage: bool = False,
+        tools: Sequence[str] = (),
+    ):  # fmt: skip
+        """tools: the names of the functions that may be called; none: all of the answer is text."""
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self.prompt_tokens, self.include_usage = prompt_tokens, include_usage
         self.boxes = BoxFinder(most_boxes)
+        self.parser = CallParser(tools) if tools else None
+        self.calls = 0
 
     def whole(self, text: str, tokens: int, finish_reason: str) -> dict:
         """The response of a request that does not stream."""
+        text, calls = self._read(text, True)
         message = {"role": "assistant", "content": text, "refusal": None, "boxes": self.boxes.push(text)}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
+            finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
         counts = usage(self.prompt_tokens, tokens)
         return {**self.head, "object": "chat.completion", "choices": [choice], "usage": counts}
+
+    def _read(self, text: str, last: bool) -> tuple[str, list[dict]]:
+        """What of the answer so far is new and certain: (text, tool calls as JSON objects)."""
+        if self.parser is None:
+            return text, []
+        found = [*self.parser.push(text), *(self.parser.flush() if last else ())]
+        calls = [
+            {
+                "id": f"call_{uuid.uuid4().hex}", "type": "function",
+                "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+            }
+            for call in found if isinstance(call, Call)
+        ]  # fmt: skip
+        self.calls += len(calls)
+        return "".join(piece for piece in found if isinstance(piece, str)), calls
 
     def chunk(self, delta: dict, finish_reason: str | None = None) -> dict:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
@@ -87,13 +117,18 @@ class Completion:
             tokens = 0
             async for piece in pieces:
                 tokens = piece.tokens
-                delta = {"content": piece.text} if piece.text else {}
-                if boxes := self.boxes.push(piece.text):
+                first = self.calls
+                text, calls = self._read(piece.text, bool(piece.finish_reason))
+                delta: dict = {"content": text} if text else {}
+                if boxes := self.boxes.push(text):
                     delta["boxes"] = boxes
+                if calls:
+                    delta["tool_calls"] = [{"index": first + i, **call} for i, call in enumerate(calls)]
                 if delta:
                     yield event(self.chunk(delta))
                 if piece.finish_reason:
-                    yield event(self.chunk({}, piece.finish_reason))
+                    called = self.calls and piece.finish_reason == "stop"
+                    yield event(self.chunk({}, "tool_calls" if called else piece.finish_reason))
             if self.include_usage:
                 yield event({**self.chunk({}), "choices": [], "usage": usage(self.prompt_tokens, tokens)})
         except errors.ApiError as error:
