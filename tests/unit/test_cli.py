@@ -302,7 +302,7 @@ def test_raise_calls_life_and_shows_the_report(puna, monkeypatch):
     assert folder.as_posix() == "runs/mine" and options == {"minutes": 1.5, "fresh": False, "track": ()}
     assert "1 of 2 goals met" in out and "runs/mine/report.html" in out
     assert puna("raise", "tiny.py", "--serve", "--fresh", "--port", "0")[0] == 0
-    assert calls[1][1] == {"minutes": None, "fresh": True}
+    assert calls[1][1] == {"minutes": None, "fresh": True, "track": ()}
     assert calls[2][1] == {"port": 0, "open_browser": True}
 
 
