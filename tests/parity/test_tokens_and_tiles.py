@@ -6,6 +6,7 @@ from PIL import Image
 
 from puna.processor import ImageProcessor, Processor
 from puna.processor.special import COMPACT, FULL
+from puna.processor.tools import Call, parse_calls, write_calls
 
 # input (w, h) -> canvas (rows, cols), resized (w, h), encoder tiles with the global one, tokens (§3.4)
 CANVASES = [
@@ -105,6 +106,39 @@ def test_chat_format(tiny_processor):
     assert answered.tokens.tolist() == [*asked, *header, *t.encode("yes"), t.eot]
     learned = answered.tokens[answered.loss].tolist()
     assert learned == [*t.encode("yes"), t.eot]
+
+
+def test_tool_calls_in_three_forms():
+    """§4.2: the texts that Meta's own code writes for a call, two of them ours to the letter, and its
+    JSON object, which has a `type` besides; each is read back."""
+    call = Call("weather", {"city": "Rome", "days": [1, 2]})
+    pythonic = '[weather(city="Rome", days=[1, 2])]'
+    tagged = '<function=weather>{"city": "Rome", "days": [1, 2]}</function>'
+    parameters = '"name": "weather", "parameters": {"city": "Rome", "days": [1, 2]}}'
+    assert [write_calls([call], form) for form in ("pythonic", "function", "json")] == [
+        pythonic, tagged, "{" + parameters,
+    ]  # fmt: skip
+    for text in (pythonic, tagged, "{" + parameters, '{"type": "function", ' + parameters):
+        assert parse_calls(text) == ("", [call])
+        assert parse_calls(text[:-1])[1] == []  # the last character completes it
+
+
+def test_ends_of_turns(tiny_processor):
+    """§4.2: eom behind tool calls and before a tool's message, which stands under `ipython`; else eot."""
+    t = tiny_processor.tokenizer
+    user = {"role": "user", "content": "hi"}
+    calls = [{"function": {"name": "f", "arguments": "{}"}}]
+
+    def ends(*messages):
+        return [i for i in tiny_processor.encode_chat([user, *messages]).tokens.tolist() if i in (t.eom, t.eot)]
+
+    assert ends({"role": "assistant", "content": "[f()]"}) == [t.eot, t.eot]
+    assert ends({"role": "assistant", "content": None, "tool_calls": calls}) == [t.eot, t.eom]
+    tool = {"role": "tool", "content": "1"}
+    assert ends({"role": "assistant", "content": "[f()]"}, tool, user) == [t.eot, t.eom, t.eot, t.eot]
+    encoded = tiny_processor.encode_chat([user, tool]).tokens.tolist()
+    header = [t.header_start, *t.encode("ipython"), t.header_end]
+    assert any(encoded[i : i + len(header)] == header for i in range(len(encoded)))
 
 
 def test_user_text_never_becomes_a_control_token(tiny_processor):
