@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from itertools import islice, pairwise
+from pathlib import Path
 
 from puna.cli import show
 from puna.cli.settings import read
@@ -18,12 +19,18 @@ def build_(args) -> None:
     """Builds a corpus; a killed build goes on."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from puna.data.corpora import BuildConfig, build_corpus
+    from puna.data.corpora import BuildConfig, build_corpus, pasture
 
     licences = dict(text.rpartition("=")[::2] for text in args.licence)
     given = {name: getattr(args, name) for name in BUILD_OPTIONS if getattr(args, name) is not None}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    config = BuildConfig(tuple(args.inputs), licences, skip_bad=args.skip_bad, **given)
+    if args.inputs:
+        given["inputs"] = tuple(args.inputs)
+    elif Path(args.out).name == "pasture":
+        given = pasture.config() | given
+    else:
+        raise PunaError(f"what is {args.out} to be built from? --from PATH (only the pasture is known by its name)")
+    config = BuildConfig(licences=licences, skip_bad=args.skip_bad, **given)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
                TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:
