@@ -135,6 +135,7 @@ def build_parser() -> Parser:
     p.add_argument("name", metavar="NAME", help="a source (text/en, sft/naming, file:PATH ...), a corpus or a recipe")
     p.add_argument("--samples", type=int, default=3, metavar="N", help="documents to print (default 3)")
     p.add_argument("--split", choices=("train", "val"), default="train")
+    p.add_argument("--html", metavar="FILE", help="write a page with samples and pictures (corpus or recipe)")
 
     verbs = _group(commands, "tokenizer", "train a tokenizer, measure one")
     p = command("train", "tools:tokenizer_train", "train a recipe's tokenizer", verbs, epilog=settings)

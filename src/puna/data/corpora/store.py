@@ -13,6 +13,7 @@ on the clock, on the number of workers or on where it was interrupted.
 import hashlib
 import json
 import os
+import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -189,6 +190,21 @@ class Corpus:
             return found, path.name
         return cls(path), ""
 
+    def by(self, column: int) -> dict[str, list[int]]:
+        """[documents, bytes, pictures] by source (column 0), language (1) or licence (2), most bytes first."""
+        sums: dict[str, list[int]] = {}
+        for key, values in self.about["groups"].items():
+            name = key.split("|")[column] or "unknown"
+            sums[name] = [a + b for a, b in zip(sums.get(name, [0, 0, 0]), values, strict=True)]
+        return dict(sorted(sums.items(), key=lambda item: (-item[1][1], item[0])))
+
+    def left_out(self) -> dict[str, dict[str, int]]:
+        """By input: how many rows were "read", and left out for what reason."""
+        known = ("spec", "units", "files", "bytes", "ignored", "shards", "title", "packages")
+        return {
+            name: {k: v for k, v in entry.items() if k not in known} for name, entry in self.about["inputs"].items()
+        }
+
     @property
     def parts(self) -> list[Path]:
         """The tables, in order."""
@@ -216,6 +232,17 @@ class Corpus:
                 table = table.filter(pc.or_(pc.equal(table["lang"], only), pc.equal(table["source"], only)))
             found.append(pc.utf8_length(table["text"]).to_numpy().astype(np.int64))
         return np.concatenate(found)
+
+    def sample(self, each: int, seed: int = 0) -> list[dict]:
+        """`each` documents of every source (fewer where it has fewer in the row groups looked at), with "part"."""
+        rand, found = random.Random(seed), {}
+        for number, path in enumerate(self.parts):
+            with pq.ParquetFile(path) as table:
+                rows = table.read_row_group(rand.randrange(table.num_row_groups))
+                for i in rand.sample(range(rows.num_rows), min(each, rows.num_rows)):
+                    row = rows.slice(i, 1).to_pylist()[0] | {"part": number}
+                    found.setdefault(row["source"], []).append(row)
+        return [row for rows in found.values() for row in rand.sample(rows, min(each, len(rows)))]
 
     def verify(self) -> None:
         """PunaError names the first file whose SHA-256 isn't the recorded one."""
