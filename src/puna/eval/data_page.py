@@ -34,7 +34,8 @@ figure p { white-space: pre-wrap; } .columns { display: flex; align-items: flex-
 {% if part.shares %}<div class="share" aria-hidden="true">{% for name, share in part.shares %}<i
 style="flex:{{ share }};background:{{ hues[loop.index0 % hues|length] }}" title="{{ name }}"></i>{% endfor %}</div>
 {% endif %}<div class="scroll"><table><tr>
-{% for h in part.head %}<th{% if not loop.first %} class="n"{% endif %}>{{ h }}{% endfor %}</tr>{% for row in part.rows %}<tr>{% for c in row %}<td{% if not loop.first %} class="n"{% endif %}>{{ c }}
+{% for h in part.head %}<th{% if not loop.first %} class="n"{% endif %}>{{ h }}{% endfor %}</tr>
+{% for row in part.rows %}<tr>{% for c in row %}<td{% if not loop.first %} class="n"{% endif %}>{{ c }}
 {% endfor %}</tr>{% endfor %}</table></div></section>{% endfor %}
 {% if lengths %}<section><h2>Lengths</h2><p class="quiet">Documents by bytes of text, each column twice the one
 before.</p><div class="columns">{% for name, count, height in lengths %}<i style="height:{{ height }}%"
@@ -42,7 +43,8 @@ title="{{ name }} bytes: {{ count }} documents"></i>{% endfor %}</div><div class
 lengths %}<span>{{ name }}</span>{% endfor %}</div></section>{% endif %}
 {% if samples %}<section><h2>Samples</h2><div class="samples">{% for s in samples %}<figure><figcaption><small
 class="quiet">{{ s.id }} · {{ s.lang }} · {{ s.licence }}</small></figcaption>{% for part in s.parts %}
-{% if part.text is defined %}<p dir="auto">{{ part.text }}</p>{% else %}<img alt="" src="{{ part.image }}">{% endif %}{% endfor %}</figure>
+{% if part.text is defined %}<p dir="auto">{{ part.text }}</p>
+{% else %}<img alt="" src="{{ part.image }}">{% endif %}{% endfor %}</figure>
 {% endfor %}</div></section>{% endif %}</main></body></html>
 """
 
