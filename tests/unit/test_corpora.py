@@ -513,3 +513,21 @@ def test_the_command_builds_and_shows(tmp_path, capsys, monkeypatch):
     assert "there is nothing at nothing.jsonl" in capsys.readouterr().err and not (tmp_path / "d.part").exists()
     assert main(["data", "build", "d", "--from", "a.jsonl", "--licence", "b=MIT"]) == 1
     assert "which is no input's name: a" in capsys.readouterr().err
+
+
+def test_the_page_shows_text_and_pictures_and_escapes(tmp_path, capsys):
+    from puna.cli.main import main
+
+    (tmp_path / "a.png").write_bytes(picture(1))
+    rows = [{"text": "<script>alert(1)</script> " + text(1)}, {"image": "a.png", "caption": "a picture of noise"}]
+    made = built(tmp_path, jsonl(tmp_path / "x.jsonl", rows))
+    page = tmp_path / "page.html"
+    assert main(["data", "show", str(made.folder), "--html", str(page)]) == 0
+    assert "x   " in capsys.readouterr().out
+    html = page.read_text("utf-8")
+    assert "<script" not in html and "&lt;script&gt;" in html and "a picture of noise" in html
+    assert html.count("data:image/webp;base64,") == 1 and "2 documents" in html and "http" not in html
+    assert main(["data", "show", "nano_scout", "--html", str(page)]) == 0
+    assert "captions" in page.read_text("utf-8") and "pretrain: " in page.read_text("utf-8")
+    assert main(["data", "show", "text/en", "--html", str(page)]) == 1
+    assert main(["data", "show", f"corpus:{tmp_path}/nothing"]) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from itertools import islice, pairwise
+from pathlib import Path
 
 from puna.cli import show
 from puna.cli.settings import read
@@ -18,12 +19,18 @@ def build_(args) -> None:
     """Builds a corpus; a killed build goes on."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from puna.data.corpora import BuildConfig, build_corpus
+    from puna.data.corpora import BuildConfig, build_corpus, pasture
 
     licences = dict(text.rpartition("=")[::2] for text in args.licence)
     given = {name: getattr(args, name) for name in BUILD_OPTIONS if getattr(args, name) is not None}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    config = BuildConfig(tuple(args.inputs), licences, skip_bad=args.skip_bad, **given)
+    if args.inputs:
+        given["inputs"] = tuple(args.inputs)
+    elif Path(args.out).name == "pasture":
+        given = pasture.config() | given
+    else:
+        raise PunaError(f"what is {args.out} to be built from? --from PATH (only the pasture is known by its name)")
+    config = BuildConfig(licences=licences, skip_bad=args.skip_bad, **given)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
                TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:
@@ -65,32 +72,65 @@ def ls(args) -> None:
 
 
 def show_(args) -> None:
-    """A recipe's mixture, or samples of a source."""
+    """A recipe's mixture, a corpus, or samples of a source; with --html also as a page."""
     from puna.recipes import RECIPES
 
+    folder = Path(args.name.removeprefix("corpus:"))
     if args.name in RECIPES or args.name.endswith((".py", ".json")):
-        _show_mixture(args.name)
+        page = _show_mixture(args.name, args.html)
+    elif args.name.startswith("corpus:") or (folder / "corpus.json").exists() or Path(f"{folder}.part").exists():
+        page = _show_corpus(folder, args.samples, args.html)
+    elif args.html:
+        raise PunaError(f"--html is for a corpus or a recipe; {args.name} is neither")
     else:
         _show_source(args.name, args.split, args.samples)
+    if args.html:
+        from puna.processor.files import write_atomic
+
+        write_atomic(args.html, page)
+        print(f"\npage     {args.html}")
 
 
-def _show_mixture(recipe: str) -> None:
+def _show_corpus(folder: Path, samples: int, html: str | None) -> str:
+    from puna.data.corpora import Corpus
+
+    corpus = Corpus(folder)
+    show.corpus(corpus)
+    if html:
+        from puna.eval.data_page import corpus_page
+
+        return corpus_page(corpus, samples)
+    print()
+    for row in corpus.sample(1)[:samples]:
+        _sample(f"{row['id']} ({row['lang']})\n" + row["text"].replace("\ufffc", "[picture]"))
+    return ""
+
+
+def _show_mixture(recipe: str, html: str | None) -> str:
     from puna.data import DataConfig
 
     values, one_stage, _ = read(recipe)
     parts = {k: v for k, v in values.items() if isinstance(v, dict) and "data" in v and "train" in v}
+    found = []
     for name, part in ({values["stage"]: values} if one_stage else parts).items():
         data, steps, rows = build(DataConfig, part["data"], "data."), part["train"]["steps"], part["train"]["rows"]
         mixture = data.mixture(dict.fromkeys(data.used, rows * steps), steps, rows)
         for first, last in pairwise([*data.begins(steps), steps]):
             when = f"steps {first:,} to {last:,}, " if data.then else ""
             total = (last - first) * rows
-            print(f"{name}: {when}{total:,} rows of {data.seq_len} tokens")
+            found.append(f"{name}: {when}{total:,} rows of {data.seq_len} tokens")
+            print(found[-1])
             before, after = mixture.counts(first * rows), mixture.counts(last * rows)
             given = {source: after[source] - before[source] for source in mixture.names}
             show.table(("source", "share of rows", "rows"),
                        [(k, f"{100 * v / total:.1f} %", v) for k, v in given.items() if v])  # fmt: skip
             print()
+            found[-1] = (found[-1], given)
+    if not html:
+        return ""
+    from puna.eval.data_page import mixture_page
+
+    return mixture_page(recipe, found)
 
 
 def _show_source(name: str, split: str, samples: int) -> None:

@@ -161,12 +161,15 @@ def build_parser() -> Parser:
     verbs = _group(commands, "data", "list, build and look into data")
     command("ls", "data:ls", "list all data sources", verbs)
     p = command("build", "data:build_", "build a corpus from files, folders, datasets or object storage", verbs)
-    p.add_argument("out", metavar="OUT", help="the corpus's new folder; train on it as corpus:OUT")
+    p.add_argument(
+        "out", metavar="OUT", help="the corpus's new folder, train on it as corpus:OUT; pasture: from pinned packages"
+    )
     _build(p)
     p = command("show", "data:show_", "look into a source, a corpus or a recipe's mixture", verbs)
     p.add_argument("name", metavar="NAME", help="a source (text/en, sft/naming, file:PATH ...), a corpus or a recipe")
     p.add_argument("--samples", type=int, default=3, metavar="N", help="documents to print (default 3)")
     p.add_argument("--split", choices=("train", "val"), default="train")
+    p.add_argument("--html", metavar="FILE", help="write a page with samples and pictures (corpus or recipe)")
 
     verbs = _group(commands, "tokenizer", "train a tokenizer, measure one")
     p = command("train", "tools:tokenizer_train", "train a recipe's tokenizer", verbs, epilog=settings)
@@ -187,7 +190,7 @@ def _group(commands, name: str, text: str):
 
 
 def _build(p: Parser) -> None:
-    p.add_argument("--from", dest="inputs", nargs="+", required=True, metavar="[NAME=]SPEC",
+    p.add_argument("--from", dest="inputs", nargs="+", metavar="[NAME=]SPEC",
                    help="files, folders, patterns, URLs, hf:DATASET; of copies the one named first stays")  # fmt: skip
     p.add_argument("--workers", type=count, metavar="N", help="processes (default: one a core)")
     p.add_argument("--licence", action="append", default=[], metavar="[NAME=]LICENCE", help="of an input, or of all")

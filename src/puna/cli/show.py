@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+LINES = 40  # of a table that may have hundreds
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Prints columns; numbers to the right, words to the left."""
@@ -75,17 +77,15 @@ def corpus(made) -> None:
     about = made.about
     print(f"{made.folder}: {about['documents']:,} documents, {about['bytes']:,} bytes of text, "
           f"{about['pictures']:,} pictures in {about['picture_bytes']:,} bytes")  # fmt: skip
-    for column, place in (("source", 0), ("language", 1), ("licence", 2)):
-        sums: dict[str, list[int]] = {}
-        for key, values in about["groups"].items():
-            name = key.split("|")[place] or "unknown"
-            sums[name] = [a + b for a, b in zip(sums.get(name, [0, 0, 0]), values, strict=True)]
+    for i, column in enumerate(("source", "language", "licence")):
+        found = list(made.by(i).items())
         print()
         table((column, "documents", "bytes", "share", "pictures"),
               [(name, f"{d:,}", f"{b:,}", f"{100 * b / max(about['bytes'], 1):.1f} %", f"{p:,}")
-               for name, (d, b, p) in sorted(sums.items(), key=lambda item: -item[1][1])])  # fmt: skip
-    left = {name: {k: v for k, v in entry.items() if k not in ("spec", "units", "files", "bytes", "ignored", "shards")}
-            for name, entry in about["inputs"].items()}  # fmt: skip
+               for name, (d, b, p) in found[:LINES]])  # fmt: skip
+        if len(found) > LINES:
+            print(f"and {len(found) - LINES} more")
+    left = made.left_out()
     reasons = sorted({reason for entry in left.values() for reason in entry} - {"read"})
     print()
     table(("left out of", "read", *reasons),

@@ -196,6 +196,11 @@ def _held_out(config: BuildConfig) -> Iterator[tuple[str, str]]:
         found = nursery.code("val") if lang == "code" else nursery.texts(lang, "val")
         yield from ((f"nursery/{lang}/{i}", text) for i, text in enumerate(found))
     for i, spec in enumerate(config.held_out):
+        if spec == "pasture:held-out":
+            from puna.data.corpora import pasture
+
+            yield from pasture.held_out(pasture.packages(inputs.packages_folder()))
+            continue
         for unit in inputs.plan(f"held-out-{i}", spec)[0]:
             for where, raw in inputs.rows(unit, config.text):
                 try:

