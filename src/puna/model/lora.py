@@ -39,7 +39,7 @@ class LoRAConfig:
 
     rank: int = 0
     alpha: float = 32.0
-    targets: tuple[str, ...] = ("*.attention.*", "*.moe.experts.*", "*.moe.shared.*", "*.feed_forward.*")
+    targets: tuple[str, ...] = ("layers.*.attention.*", "layers.*.w13*", "layers.*.w2*")  # text, without routers
     ranks: Mapping[str, int] = field(default_factory=dict)
     base: str = "stored"
 

@@ -64,9 +64,13 @@ class Processor:
         return cls(Tokenizer.load(Path(folder) / "tokenizer.json"), image)
 
     # ---------------------------------------------------------------- text and layout
-    def encode_chat(self, messages: Sequence[dict], generation_prompt: bool = False) -> Encoded:
+    def encode_chat(
+        self, messages: Sequence[dict], generation_prompt: bool = False, tools: Sequence[dict] | None = None
+    ) -> Encoded:
         """A conversation's tokens (see `puna.processor.chat`). Loss falls on what the assistant says and on the token
         that ends its turn. generation_prompt: end with the header of an answer to come."""
+        if tools:
+            raise PunaError("functions under 'tools' can't be offered yet: write them into the system message")
         return self._assemble(render(self.tokenizer, messages, generation_prompt), self._encode_text)
 
     def encode_document(self, segments: Sequence) -> Encoded:

@@ -38,8 +38,6 @@ def start_model(run: StageRun, processor: Processor, init: str | Path | None, st
         if init is None:
             return Llama4(fit_model(run.model, processor), seed=run.seed), {}
         return fill(open_model(init)[0], torch.float32, None), {}
-    if init is None:
-        raise PunaError("lora.rank: an adapter needs a trained model beside it: give --init MODEL")
     begun = checkpoint.newest(stage)
     expected = begun["config"]["base"]["hashes"] if begun and begun["config"].get("base") else None
     model, base = load_base(init, run.lora.base, expected)
@@ -54,6 +52,8 @@ def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Pat
     init: what to start from where the stage has no checkpoint of its own. validation: texts by language for bits per
     byte during training. Errors: PunaError, with nothing half-written.
     """
+    if run.lora.rank and init is None:
+        raise PunaError("lora.rank: an adapter needs a trained model beside it: give --init MODEL")
     config = fit_model(run.model, processor) if init is None else open_model(init)[0].config
     display = Display(run.stage, 1, quiet=quiet)
 
