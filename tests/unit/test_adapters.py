@@ -9,7 +9,7 @@ import torch
 from training_helpers import CONFIG, lively_model, random_batch
 
 from puna.errors import PunaError
-from puna.model import lora, ops
+from puna.model import Llama4, lora, ops
 from puna.model.lora import LoRA, LoRAConfig
 from puna.model.weights import matrices, plain
 from puna.precision.quantized import Quantization, Quantized, attach
@@ -132,6 +132,13 @@ def test_ranks_and_alpha_by_pattern():
     assert {w.scale for n, w in weights.items() if "attention" in n} == {2.0}
     assert {w.scale for n, w in weights.items() if n.endswith("w13")} == {4.0}
     assert {w.B.shape[1] for n, w in weights.items() if "attention" in n} == {4}
+
+
+def test_the_default_is_the_text_model_without_routers():
+    model = adapted(LoRAConfig(2))
+    names = {n for n, w in plain(model).items() if isinstance(w, LoRA)}
+    assert names == {n for n in matrices(model) if n.startswith("layers.") and "router" not in n}
+    adapted(LoRAConfig(2), model=Llama4(dataclasses.replace(CONFIG, moe_layers=(), vision=None, patch_token=None)))
 
 
 def test_the_first_A_depends_on_seed_and_name_alone():

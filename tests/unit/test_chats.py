@@ -1,6 +1,7 @@
 """A user's chat data: both shapes, pictures by path and data URL, and every mistake with its row's number."""
 
 import base64
+import inspect
 import io
 import json
 
@@ -110,7 +111,9 @@ WRONG = [
     ({"messages": [{"role": ["x"], "content": "hi"}, ANSWER]}, "unknown role"),
     ({"messages": [{"role": "user", "content": " "}, ANSWER]}, "message 1 is empty"),
     ({"messages": [{"role": "user"}, ANSWER]}, "content must be a string or a list"),
-    ({"messages": [ANSWER], "tools": [{"type": "function"}]}, "'tools'"),
+    ({"messages": [ANSWER], "tools": {"type": "function"}}, "'tools' must be a list"),
+    ({"conversations": [{"from": "gpt", "value": "x"}], "tools": "[{"}, "tools: not JSON"),
+    ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "turn 1: not JSON"),
     ({"messages": [{"role": "user", "content": "hi"}, {"role": "system", "content": "x"}, ANSWER]}, "the first one"),
     (asked({"type": "audio", "audio": "x"}), "unknown content part 'audio'"),
     (asked({"type": "image_url", "image_url": {"url": "none.png"}}), "picture 1: no picture file"),
@@ -148,6 +151,29 @@ def test_all_bad_rows_are_counted_and_the_first_shown(folder, tiny_processor):
         build(DataConfig(128, {f"file:{path}": 1}), tiny_processor, 128)
     message = str(caught.value)
     assert message.count("a.jsonl, line ") == 5 and message.endswith(f"and {len(rows) - 5} more rows")
+
+
+def test_tools_of_both_shapes(folder, tiny_processor):
+    """Offered, called and answered: the same conversation; and the processor's word on what it can't write."""
+    offered = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
+    call = {"name": "add", "arguments": {"a": 2, "b": 2}}
+    said = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": None, "tool_calls": [
+        {"type": "function", "function": call}]}, {"role": "tool", "content": "4"}, ANSWER]  # fmt: skip
+    turns = [("human", "2 + 2?"), ("function_call", json.dumps(call)), ("observation", "4"), ("gpt", ANSWER["content"])]
+    rows = [{"messages": said, "tools": [{"type": "function", "function": offered}]},
+            {"conversations": [{"from": a, "value": b} for a, b in turns], "tools": json.dumps([offered])}]  # fmt: skip
+    path = write(folder / "a.jsonl", *rows)
+    one, two = files.documents(path)
+    assert (one.messages, one.tools) == (two.messages, two.tools) and one.tools[0]["function"] == offered
+    config = DataConfig(512, {f"file:{path}": 1})
+    if "tool_form" not in inspect.signature(Processor.encode_chat).parameters:
+        with pytest.raises(PunaError, match="line 1: functions under 'tools' can't be offered yet.*line 2: "):
+            build(config, tiny_processor, 512)
+        return
+    rows = build(config, tiny_processor, 512)[f"file:{path}"]
+    learnt = tiny_processor.tokenizer.decode(rows.tokens[rows.loss].tolist())
+    assert "add(a=2, b=2)" in learnt and ANSWER["content"] in learnt and "Adds." not in learnt
+    assert "Adds." in tiny_processor.tokenizer.decode(rows.tokens[rows.doc_ids >= 0].tolist())
 
 
 def test_pictures_need_a_model_that_sees(folder, tiny_processor):

@@ -4,7 +4,7 @@
                parts: {"type": "text", "text": ...}, {"type": "image_url", "image_url": {"url": ...}},
                {"type": "image", "image" or "path" or "url": ...}
     ShareGPT   {"conversations": [{"from": "human", "value": "hi"}, ...], "system": "...", "image" or "images": ...}
-               `<image>` in a human's text stands for the next picture of the list
+               `<image>` in a human's text stands for the next picture of the list; `function_call` says JSON
 
 A picture is a path (relative to the file the row is in) or a data URL; nothing is ever fetched. It is opened once while
 the rows are checked, for its size and to know that it can be opened; afterwards a `UserPicture` says where to find it:
@@ -32,6 +32,7 @@ from puna.tasks.pictures import PictureRef
 ROLES = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "model": "assistant", "chatgpt": "assistant", "tool": "tool", "observation": "tool", "function_response": "tool",
+    "function_call": "assistant",
 }  # fmt: skip
 MARK = "<image>"
 PICTURE_KEYS = ("image", "path", "url")
@@ -68,6 +69,7 @@ class Chat:
 
     messages: list[dict]
     where: str
+    tools: list[dict] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,6 @@ class UserPicture(PictureRef):
 def chat(record: dict, file: Path, offset: int, where: str) -> Chat:
     """The conversation of a row. PunaError says what is wrong with it; what is wrong inside a message (an empty one,
     unknown parts) the processor says when it encodes it."""
-    if record.get("tools"):
-        raise PunaError("definitions under 'tools' can't be shown to the model yet: write them in the system message")
     pictures = _Pictures(file, offset)
     messages = _openai(record, pictures) if "messages" in record else _sharegpt(record, pictures)
     for number, message in enumerate(messages, 1):
@@ -111,7 +111,22 @@ def chat(record: dict, file: Path, offset: int, where: str) -> Chat:
             )
     if messages[-1]["role"] != "assistant":
         raise PunaError("the last message must be the assistant's: there is nothing to learn behind it")
-    return Chat(messages, where)
+    return Chat(messages, where, _tools(record.get("tools")))
+
+
+def _tools(value: object) -> list[dict] | None:
+    """Functions to offer, in OpenAI's form; ShareGPT's have them as JSON text, and without the type around them."""
+    tools = _json(value, "tools") if isinstance(value, str) and value else value
+    if not isinstance(tools or [], list) or not all(isinstance(tool, dict) for tool in tools or []):
+        raise PunaError(f"'tools' must be a list of functions, not {str(value)[:40]!r}")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools or []] or None
+
+
+def _json(text: str, what: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise PunaError(f"{what}: not JSON ({error})") from None
 
 
 class _Pictures:
@@ -173,6 +188,11 @@ def _sharegpt(record: dict, pictures: _Pictures) -> list[dict]:
             raise PunaError(f"turn {number} is from the unknown {str(role)[:40]!r}: use {', '.join(ROLES)}")
         if not isinstance(value, str):
             raise PunaError(f"turn {number}: 'value' must be text, not {type(value).__name__}")
+        if role == "function_call":
+            call = _json(value, f"turn {number}")
+            calls = [{"type": "function", "function": one} for one in (call if isinstance(call, list) else [call])]
+            messages.append({"role": "assistant", "content": None, "tool_calls": calls})
+            continue
         content: object = value
         if waiting and ROLES[role] == "user" and MARK in value:
             content = []

@@ -308,7 +308,7 @@ def _file(name: str, config: DataConfig, processor: Processor) -> Iterator[Encod
             continue
         encoded = None
         with bad.at(document.where):
-            encoded = processor.encode_chat(document.messages)
+            encoded = processor.encode_chat(document.messages, tools=document.tools)
         if encoded is not None:
             yield encoded
     bad.check()

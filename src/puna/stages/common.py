@@ -39,8 +39,6 @@ def start_model(run: StageRun, processor: Processor, init: str | Path | None, st
         if init is None:
             return Llama4(fit_model(run.model, processor), seed=run.seed), {}
         return with_model(init, lambda store, _: fill(store, torch.float32, None)), {}
-    if init is None:
-        raise PunaError("lora.rank: an adapter needs a trained model beside it: give --init MODEL")
     begun = checkpoint.newest(stage)
     expected = begun["config"]["base"]["hashes"] if begun and begun["config"].get("base") else None
     model, base = load_base(init, run.lora.base, expected)
@@ -59,6 +57,8 @@ def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Pat
     loss, made for the model (None: next token). only: parameters whose names begin otherwise stay as they are. track:
     trackers of its metrics. Errors: PunaError, with nothing half-written.
     """
+    if run.lora.rank and init is None:
+        raise PunaError("lora.rank: an adapter needs a trained model beside it: give --init MODEL")
     config = fit_model(run.model, processor) if init is None else open_model(init)[0].config
     display = Display(run.stage, 1, quiet=quiet)
 
