@@ -1,7 +1,6 @@
 """A user's chat data: both shapes, pictures by path and data URL, and every mistake with its row's number."""
 
 import base64
-import inspect
 import io
 import json
 
@@ -154,7 +153,7 @@ def test_all_bad_rows_are_counted_and_the_first_shown(folder, tiny_processor):
 
 
 def test_tools_of_both_shapes(folder, tiny_processor):
-    """Offered, called and answered: the same conversation; and the processor's word on what it can't write."""
+    """Offered, called and answered: the same conversation."""
     offered = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
     call = {"name": "add", "arguments": {"a": 2, "b": 2}}
     said = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": None, "tool_calls": [
@@ -166,10 +165,6 @@ def test_tools_of_both_shapes(folder, tiny_processor):
     one, two = files.documents(path)
     assert (one.messages, one.tools) == (two.messages, two.tools) and one.tools[0]["function"] == offered
     config = DataConfig(512, {f"file:{path}": 1})
-    if "tool_form" not in inspect.signature(Processor.encode_chat).parameters:
-        with pytest.raises(PunaError, match="line 1: functions under 'tools' can't be offered yet.*line 2: "):
-            build(config, tiny_processor, 512)
-        return
     rows = build(config, tiny_processor, 512)[f"file:{path}"]
     learnt = tiny_processor.tokenizer.decode(rows.tokens[rows.loss].tolist())
     assert "add(a=2, b=2)" in learnt and ANSWER["content"] in learnt and "Adds." not in learnt
