@@ -60,7 +60,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 # ------------------------------------------------------------------------------------------------ words as numbers
-MIXED = ["One <b>two</b> 3 three, FOUR!", "", "ภาษาไทย and Ｆｕｌｌ ﬁne ß", "文字 mixed文字in", "a\u0301 e\u0301" * 9]
+MIXED = [
+    "น้ำ\u0e4d\u0e48\u0e33 ทำ… wait\u00a0a ① ﷺ \u1e9b\u0323", "One <b>two</b> 3 three, FOUR!", "",
+    "ภาษาไทย and Ｆｕｌｌ ﬁne ß", "文字 mixed文字in", "a\u0301 e\u0301" * 9,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 13])

@@ -41,6 +41,26 @@ def _classes() -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
+def _compatible() -> np.ndarray:
+    """bool per code point: NFKC changes it by itself. NFC text without one is NFKC text."""
+    return np.array([not unicodedata.is_normalized("NFKC", chr(c)) for c in range(0x110000)])
+
+
+def _composed(text: str) -> str:
+    """NFKC of a text without its markup. Normalising costs more than all the rest, so it is asked for first, and what
+    ordinary text holds most (no-break space, ellipsis, Thai's sara am) is replaced by hand."""
+    text = TAG.sub(" ", text)
+    if text.isascii():
+        return text
+    text = text.replace("\u00a0", " ").replace("\u2026", "...").replace("\u0e33", "\u0e4d\u0e32")
+    if unicodedata.is_normalized("NFC", text):
+        points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        if not _compatible()[points].any():
+            return text
+    return unicodedata.normalize("NFKC", text)
+
+
+@lru_cache(maxsize=1)
 def _code_hashes() -> np.ndarray:
     """uint64 per code point."""
     return _mix(np.arange(1, 0x110001, dtype=np.uint64))
@@ -84,10 +104,7 @@ class Words:
 
 def words(texts: Sequence[str]) -> Words:
     """All words of `texts` (no "\\0" in them)."""
-    joined = TAG.sub(" ", SEPARATOR.join(texts))
-    if not unicodedata.is_normalized("NFKC", joined):  # often it is, and to ask is cheap
-        joined = unicodedata.normalize("NFKC", joined)
-    plain = joined.casefold()
+    plain = SEPARATOR.join(map(_composed, texts)).casefold()
     points = np.frombuffer(plain.encode("utf-32-le"), dtype=np.uint32)
     kind = _classes()[points]
     edge = np.zeros(len(points) + 2, dtype=np.uint8)
