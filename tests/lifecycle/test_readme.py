@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from lifecycle_helpers import begin, puna
 
-from puna import load
+from puna import load, nursery
 
 README = Path(__file__).parents[2] / "README.md"
 SMALLER = (
@@ -41,13 +41,11 @@ def place(request, whole, tmp_path_factory):
     }
     (folder / "talks.jsonl").write_text((json.dumps(talk) + "\n") * 40, encoding="utf-8")
     (folder / "texts").mkdir()
-    for number in range(12):
-        words = " ".join(
-            f"Field {number} has {number * k} stones and the wall around it is {k} feet high." for k in range(9)
-        )
-        (folder / "texts" / f"{number}.txt").write_text(words, encoding="utf-8")
-    page = "The shepherd counted {0} llamas on the hill, {0} more in the valley, and wrote both down. Rain fell."
-    rows = [json.dumps({"text": page.format(n) + f" It lasted for {n * n} hours."}) for n in range(60)]
+    text = "".join(nursery.texts("en"))
+    parts = [text[at : at + 1500] for at in range(0, 72 * 1500, 1500)]
+    for number, part in enumerate(parts[:12]):
+        (folder / "texts" / f"{number}.txt").write_text(part, encoding="utf-8")
+    rows = [json.dumps({"text": part}) for part in parts[12:]]
     (folder / "pages.jsonl").write_text("\n".join([*rows, rows[0]]) + "\n", encoding="utf-8")
     return folder
 
@@ -77,8 +75,9 @@ def test_a_corpus_of_ones_own_is_built_shown_and_trained_on(place):
 def test_a_wrong_row_is_named_before_anything_is_trained(place):
     rows = (place / "talks.jsonl").read_text(encoding="utf-8").splitlines()
     (place / "talks.jsonl").write_text("\n".join(rows[:6] + ['{"messages": []}'] + rows[6:]) + "\n", encoding="utf-8")
-    words = [word.replace("mine", "other") for word in commands("Fine-tune it on your conversations")[0]]
+    instead = {"mine": "other", "scout-int4": SCOUT}
+    words = [instead.get(word, word) for word in commands("Fine-tune it on your conversations")[0]]
     process = begin(place, *words)
     _, err = process.communicate()
-    assert process.returncode != 0 and "7" in err and "talks.jsonl" in err and "Traceback" not in err
+    assert process.returncode != 0 and "line 7" in err and "talks.jsonl" in err and "Traceback" not in err
     assert not list((place / "runs" / "other").glob("sft/step-*"))
