@@ -112,7 +112,7 @@ def main() -> None:
         row = {"name": f"{name}: raw text a core", "value": middle, "unit": "MB/s", "n": 3, "values": values}
         rows.append(row | ({"goal": GOAL, "met": middle >= GOAL} if name == "both" else {}))
     rows.append({"name": "build: peak memory", "value": max(peaks) / 1e6, "unit": "MB", "n": 3})
-    config = {"megabytes": size / 1e6, "dropped": corpus.about["inputs"], "tokens": tokens}
+    config = {"megabytes": size / 1e6, "dropped": corpus.left_out(), "tokens": tokens}
     result = {"commit": commit(), "versions": versions(), "device": device(), "config": config,
               "seconds": time.perf_counter() - begin, "results": rows}  # fmt: skip
     write_atomic(args.out, json.dumps(result, indent=1) + "\n")

@@ -534,3 +534,16 @@ def test_the_page_shows_text_and_pictures_and_escapes(tmp_path, capsys):
     assert "captions" in page.read_text("utf-8") and "pretrain: " in page.read_text("utf-8")
     assert main(["data", "show", "text/en", "--html", str(page)]) == 1
     assert main(["data", "show", f"corpus:{tmp_path}/nothing"]) == 1
+
+
+def test_every_source_of_the_pasture_is_pinned_and_described():
+    pasture = pytest.importorskip("puna.data.corpora.pasture")
+    pins = {pin.name: pin for pin in pasture.PINS}
+    needed = set(pasture.HELD_OUT) | {n for s in pasture.SOURCES for part in s.parts for n in s.needs(part)}
+    assert needed == set(pins), "every package is pinned, and no pin is left over"
+    assert all(len(pin.sha256) == 64 for pin in pins.values())
+    described = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    for source in pasture.SOURCES:
+        assert f"| **{source.name}** | {source.title} | {source.licence} |" in described
+    config = BuildConfig(**pasture.config())
+    assert [spec for _, spec in config.named] == [f"pasture:{source.name}" for source in pasture.SOURCES]

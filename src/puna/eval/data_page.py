@@ -21,6 +21,7 @@ from puna.eval.plots import number
 from puna.eval.template import STYLE
 
 CHARS, SIDE = 600, 320  # of a sample: characters, pixels of a picture
+LINES = 60  # of a table: the rest is counted
 HUES = ("var(--t0)", "var(--t1)", "var(--t2)", "var(--t3)", "var(--quiet)")
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -63,15 +64,19 @@ def corpus_page(corpus: Corpus, each: int = 3, seed: int = 0) -> str:
         found = corpus.by(i)
         rows = [(name, f"{d:,}", f"{b:,}", f"{100 * b / max(about['bytes'], 1):.1f} %", f"{p:,}")
                 for name, (d, b, p) in found.items()]  # fmt: skip
+        more = [(f"and {len(rows) - LINES} more", "", "", "", "")] if len(rows) > LINES else []
+        shares = [(name, b) for name, (_, b, _) in found.items() if b]
         tables.append({"title": title, "head": (title[:-1].lower(), "documents", "bytes", "share", "pictures"),
-                       "rows": rows, "shares": [(name, b) for name, (_, b, _) in found.items() if b]})  # fmt: skip
+                       "rows": rows[:LINES] + more, "shares": shares})  # fmt: skip
     left = corpus.left_out()
     reasons = sorted({reason for entry in left.values() for reason in entry} - {"read"})
     rows = [(name, *(f"{entry.get(r, 0):,}" for r in ("read", *reasons))) for name, entry in left.items()]
     tables.append({"title": "Left out", "head": ("of", "read", *reasons), "rows": rows, "shares": []})
     counts = {int(key): count for key, count in about["lengths"].items()}
     span, most = range(min(counts), max(counts) + 1), max(counts.values())
-    lengths = [(number(2**k), f"{counts.get(k, 0):,}", 100 * counts.get(k, 0) / most) for k in span]
+    lengths = [
+        (f"{2**k:,}" if k < 14 else number(2**k), f"{counts.get(k, 0):,}", 100 * counts.get(k, 0) / most) for k in span
+    ]
     verdict = f"{about['documents']:,} documents, {about['bytes']:,} bytes of text, {about['pictures']:,} pictures"
     samples = [_sample(corpus, row) for row in corpus.sample(each, seed)]
     return render(corpus.folder.name, verdict, tables, lengths, samples)
