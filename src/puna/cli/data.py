@@ -54,7 +54,7 @@ def ls(args) -> None:
     from puna.data.sources import names
 
     manifest = nursery.manifest()
-    print("sources (with file:PATH for text, JSONL or Parquet of your own)")
+    print("sources (with file:PATH for text or JSONL of your own, corpus:PATH for what `puna data build` made)")
     groups: dict[str, list[str]] = {}
     for name in names():
         group, slash, rest = name.partition("/")
@@ -135,6 +135,7 @@ def _show_mixture(recipe: str, html: str | None) -> str:
 
 def _show_source(name: str, split: str, samples: int) -> None:
     from puna import tasks
+    from puna.data import files
     from puna.data.sources import names, texts
 
     if name not in names() and not name.startswith("file:"):
@@ -148,7 +149,13 @@ def _show_source(name: str, split: str, samples: int) -> None:
         else:
             task = tasks.task(name.removeprefix("sft/"))
         for item in islice(task.items("test" if split == "val" else "train"), samples):
-            _sample("\n".join(f"{m['role']}: {_content(m['content'])}" for m in item.messages))
+            _sample(_talk(item.messages))
+    elif name.startswith("file:"):
+        documents = list(files.documents(name.removeprefix("file:")))
+        chats = sum(not isinstance(document, str) for document in documents)
+        print(f"{name}: {len(documents) - chats:,} texts, {chats:,} conversations\n")
+        for document in documents[:samples]:
+            _sample(document if isinstance(document, str) else _talk(document.messages))
     else:
         documents = texts(name, split)
         size = sum(len(text.encode()) for text in documents)
@@ -162,6 +169,10 @@ def _sample(text: str) -> None:
     print("-" * 40)
 
 
+def _talk(messages: list[dict]) -> str:
+    return "\n".join(f"{m['role']}: {_content(m.get('content') or '')}" for m in messages)
+
+
 def _drawn(picture) -> str:
     w, h = picture.size
     return f"[picture {w}x{h} {picture.to_json()}]"
@@ -170,4 +181,4 @@ def _drawn(picture) -> str:
 def _content(content) -> str:
     if isinstance(content, str):
         return content
-    return " ".join(part["text"] if part["type"] == "text" else _drawn(part["image"]) for part in content)
+    return " ".join(_drawn(part["image"]) if "image" in part else str(part.get("text", part)) for part in content)
