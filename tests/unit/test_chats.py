@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from puna.cli.main import main
 from puna.data import Batches, DataConfig, build, files
 from puna.errors import PunaError
 from puna.processor import Processor
@@ -183,3 +184,10 @@ def test_a_conversation_longer_than_a_row_is_left_out_and_counted(folder, tiny_p
     path = write(folder / "a.jsonl", long, short, {"text": "text " * 300})
     rows = build(DataConfig(128, {f"file:{path}": 1}), tiny_processor, 128)[f"file:{path}"]
     assert (rows.documents, rows.dropped) == (2, 1) and len(rows) > 2, "texts are cut, conversations are not"
+
+
+def test_data_show_tells_texts_from_conversations(folder, capsys):
+    path = write(folder / "a.jsonl", asked({"type": "text", "text": "What grazes here?"}), {"text": "A hill."})
+    assert main(["data", "show", f"file:{path}"]) == 0
+    out = capsys.readouterr().out
+    assert "1 texts, 1 conversations" in out and "user: What grazes here?" in out and "A hill." in out
