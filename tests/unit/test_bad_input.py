@@ -7,23 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from bad_input_helpers import CHECKPOINT, TINY, command_line, files, is_mistake, make_trained
+from bad_input_helpers import CHECKPOINT, TINY, files, is_mistake
 from damage import reseal
 from PIL import Image
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return make_trained(tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture
-def puna(trained, tmp_path, monkeypatch, capsys):
-    """puna(*words) in a copy of `trained`."""
-    shutil.copytree(trained, tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
-    return command_line(capsys, monkeypatch)
-
 
 # ---- recipes and settings -------------------------------------------------------------------------------------------
 

@@ -6,21 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bad_input_helpers import CHECKPOINT, command_line, files, fill, is_mistake, make_trained, small_disk
+from bad_input_helpers import CHECKPOINT, files, fill, is_mistake, small_disk
 from safetensors import SafetensorError
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return make_trained(tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture
-def puna(trained, tmp_path, monkeypatch, capsys):
-    """puna(*words) in a copy of `trained`."""
-    shutil.copytree(trained, tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
-    return command_line(capsys, monkeypatch)
 
 
 def test_a_full_disk_stops_training_and_keeps_what_was_there(puna, tmp_path):

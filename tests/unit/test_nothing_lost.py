@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_input_helpers import CHECKPOINT, command_line, files, is_mistake, make_trained, small_disk
+from bad_input_helpers import CHECKPOINT, files, is_mistake, small_disk
 from damage import flip_byte, reseal, tensor_place
 from safetensors.torch import load_file, save_file
 from test_loop import Crash, crash, until
@@ -148,19 +148,6 @@ def test_finite_is_exact_whatever_the_sum_does(dtype):
 
 
 # ---- the command line
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return make_trained(tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture
-def puna(trained, tmp_path, monkeypatch, capsys):
-    """puna(*words) in a copy of `trained`."""
-    shutil.copytree(trained, tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
-    return command_line(capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("form", ["hf", "puna", "meta"])

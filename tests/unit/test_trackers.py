@@ -92,6 +92,17 @@ def test_what_cannot_begin_stops_the_run_before_its_first_step(tmp_path, monkeyp
     assert not asked and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_damaged_note_of_what_was_told_is_an_error_not_a_second_telling(tmp_path, told):
+    with pytest.raises(Crash):
+        train(job(tmp_path / "run", track=("own",), source=until(5, crash)))
+    (tmp_path / "run" / ".track-own").write_text("{")
+    with pytest.raises(PunaError, match=r"\.track-own can't be read .*: remove it"):
+        train(job(tmp_path / "run", track=("own",)))
+    (tmp_path / "run" / ".track-own").unlink()
+    train(job(tmp_path / "run", track=("own",)))
+    assert [step for step, _ in told[0][-1]] == list(range(8))
+
+
 def test_unknown_and_missing_trackers_are_named(tmp_path, monkeypatch, capsys):
     with pytest.raises(PunaError, match="unknown tracker 'wandbb'"):
         trackers.check(("wandbb",))

@@ -59,8 +59,12 @@ class Tracker:
         state = {"id": uuid.uuid4().hex[:12], "sent": 0}
         try:
             state |= json.loads(self.place.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # the first time
+        except FileNotFoundError:  # the first time
             pass
+        except (OSError, ValueError) as error:
+            raise PunaError(
+                f"{self.place} can't be read ({error}): remove it, and {name} is told all lines of the stage once more"
+            ) from error
         self.state = state
         try:
             self.log, self.close = OPEN[name](folder, title, state["id"], config)
@@ -75,13 +79,19 @@ class Tracker:
             return
         self.state["sent"] = self.seen
         try:
-            self.place.write_text(json.dumps(self.state), encoding="utf-8")
+            self._note()
             self.log(line["step"], dict(numbers({k: v for k, v in line.items() if k != "step"})))
         except Exception as error:
             self.failed = True
             warnings.warn(
                 f"{self.name} failed ({error}): the run goes on without it; metrics.jsonl has all", stacklevel=3
             )
+
+    def _note(self) -> None:
+        """Whole or not at all if the process is killed; a step doesn't wait for the disk, as `write_atomic` would."""
+        new = self.place.with_name(f"{self.place.name}.new")
+        new.write_text(json.dumps(self.state), encoding="utf-8")
+        new.replace(self.place)
 
     def end(self) -> None:
         """Lets the tracker finish what it holds."""
