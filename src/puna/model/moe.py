@@ -32,12 +32,11 @@ from puna.model.config import ModelConfig
 class LocalDispatcher:
     """All experts live here: dispatch is a sort by expert, combine its inverse. No parameters, no state."""
 
-    def dispatch(self, x_TD: Tensor, expert_T: Tensor, n_experts: int):
-        """Returns (x sorted by expert [T, D], counts_E int64, a context for `combine`)."""
+    def dispatch(self, x_TD: Tensor, expert_T: Tensor, counts_E: Tensor):
+        """Returns (x sorted by expert, rows of each expert that lives here, a context for `combine`)."""
         order_T = torch.argsort(expert_T, stable=True)
         inverse_T = torch.empty_like(order_T)
         inverse_T[order_T] = torch.arange(order_T.numel(), device=order_T.device)
-        counts_E = torch.bincount(expert_T, minlength=n_experts)
         return ops.permute_rows(x_TD, order_T, inverse_T), counts_E, (order_T, inverse_T)
 
     def combine(self, y_TD: Tensor, context) -> Tensor:
@@ -83,7 +82,7 @@ class MoE(nn.Module):
         self.shared = FeedForward(config.d_model, config.expert_width)
         self.dispatcher = LocalDispatcher()
         self.selection_bias_E: Tensor | None = None  # training state, set by the loop
-        self.counts_E: Tensor | None = None  # tokens per expert of the last forward
+        self.counts_E: Tensor | None = None  # of this process's tokens, those of each expert in the last forward
         self.flips: Tensor | None = None  # tokens of the last training forward that the bias sent elsewhere
         self.record: list[Tensor] | None = None  # filled by record_routes
 
@@ -98,8 +97,9 @@ class MoE(nn.Module):
         score_T1 = torch.sigmoid(logits_TE.gather(1, expert_T[:, None])).to(x_TD.dtype)
         if self.record is not None:
             self.record.append(expert_T.view(x_BTD.shape[:-1]))
-        sorted_TD, self.counts_E, context = self.dispatcher.dispatch(x_TD * score_T1, expert_T, self.n_experts)
-        routed_TD = self.dispatcher.combine(self.experts(sorted_TD, self.counts_E), context)
+        self.counts_E = torch.bincount(expert_T, minlength=self.n_experts)
+        sorted_TD, here_E, context = self.dispatcher.dispatch(x_TD * score_T1, expert_T, self.counts_E)
+        routed_TD = self.dispatcher.combine(self.experts(sorted_TD, here_E), context)
         return (self.shared(x_TD) + routed_TD).view_as(x_BTD)
 
     def choose(self, logits_TE: Tensor) -> Tensor:
