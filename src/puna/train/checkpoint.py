@@ -72,7 +72,8 @@ def training_tensors(model: Llama4, optimizer: torch.optim.Optimizer, balancer: 
     return tensors
 
 
-def save(stage: Path, step: int, finished: bool, record: dict, model: Llama4, processor, optimizer, balancer) -> Path:
+def save(stage: Path, step: int, finished: bool, record: dict, model: Llama4, processor, optimizer, balancer,
+         mesh=None) -> Path:  # fmt: skip
     """Writes `stage`/step-XXXXXXXX; `step` steps are done. A full disk is a PunaError and leaves nothing behind."""
     target = stage / f"step-{step:08d}"
     work = None
@@ -184,7 +185,8 @@ def newest(stage: Path) -> dict | None:
     return None
 
 
-def resume(stage: Path, model: Llama4, optimizer: torch.optim.Optimizer, balancer: Balancer) -> dict | None:
+def resume(stage: Path, model: Llama4, optimizer: torch.optim.Optimizer, balancer: Balancer,
+           mesh=None) -> dict | None:  # fmt: skip
     """Restores the newest checkpoint that is whole; damaged ones are named in a warning. None: nothing to resume."""
     for folder in steps(stage):
         try:

@@ -23,7 +23,7 @@ from puna.model.moe import moe_layers
 from puna.train.terms import Term
 
 if TYPE_CHECKING:  # one process needs no torch.distributed
-    from puna.parallel import Mesh
+    from puna.parallel.mesh import Mesh
 
 
 @dataclass
