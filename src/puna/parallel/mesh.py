@@ -50,6 +50,12 @@ class Mesh:
         dist.gather_object(value, found)
         return found
 
+    def exchange(self, value: Any) -> list:
+        """Every process's value, in their order, on each."""
+        found = [None] * self.layout.world
+        dist.all_gather_object(found, value)
+        return found
+
     def any(self, flag: bool) -> bool:
         """Whether it is true on any process."""
         return bool(self.sum(torch.tensor(int(flag))))
