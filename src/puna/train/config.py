@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from puna.errors import PunaError
+from puna.optim import OPTIMIZERS
 from puna.optim.adamw import GROUPS
 
 
@@ -15,6 +16,7 @@ class TrainConfig:
     steps: int = 100
     rows: int = 8  # rows per optimizer step
     accumulate: int = 1  # micro-batches per step; rows must divide by it
+    optimizer: str = "adamw"  # adamw | muon (hidden matrices; adamw for the rest)
     lr: float = 3e-3  # peak learning rate of matrices
     lr_embedding: float = 1.0  # multipliers on lr for the other groups; 0 freezes one
     lr_head: float = 1.0
@@ -60,6 +62,8 @@ class TrainConfig:
         for name in ("decay", "floor", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise PunaError(f"train.{name} must lie in 0..1, got {getattr(self, name)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise PunaError(f"train.optimizer must be {' or '.join(OPTIMIZERS)}, not {self.optimizer!r}")
         if self.compute_dtype not in ("auto", "bfloat16", "float32"):
             raise PunaError(f"train.compute_dtype must be auto, bfloat16 or float32, got {self.compute_dtype!r}")
 

@@ -24,7 +24,8 @@ import torch
 from puna.data import Batch
 from puna.errors import PunaError
 from puna.model import Llama4
-from puna.optim.adamw import build_adamw, set_lr
+from puna.optim import OPTIMIZERS
+from puna.optim.adamw import set_lr
 from puna.optim.schedule import anneal, wsd
 from puna.train import checkpoint, memory
 from puna.train.config import TrainConfig
@@ -108,14 +109,19 @@ def train(job: Job) -> Llama4:
     kept = memory.keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
-    optimizer = build_adamw(
+    model.compute_dtype = compute_dtype(config.compute_dtype, model.tok_embeddings.weight.device)
+    optimizer = OPTIMIZERS[config.optimizer](
         model, config.lr, config.weight_decay, (config.beta1, config.beta2), config.eps,
         config.multipliers,
     )  # fmt: skip
     balancer = Balancer(model, config.balance)
+    begun = checkpoint.newest(job.folder)
+    was = begun["config"].get("train", {}).get("optimizer", "adamw") if begun else config.optimizer
+    if was != config.optimizer and not begun["finished"]:
+        raise PunaError(f"{job.folder} was begun with train.optimizer {was}, whose moments {config.optimizer} can't go "
+                        f"on from: set train.optimizer {was}, or choose another folder")  # fmt: skip
     run = checkpoint.resume(job.folder, model, optimizer, balancer)
     done = run["step"] if run else 0
-    model.compute_dtype = compute_dtype(config.compute_dtype, model.tok_embeddings.weight.device)
     if run and run["finished"]:
         return _finish(model, balancer)
     if kept:
