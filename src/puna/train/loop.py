@@ -1,7 +1,7 @@
 """The one training loop. A stage gives it data, a loss term and a schedule; it does the rest, and nothing else does.
 
     for step in range(done, steps):
-        bias of the router (faded)  ->  learning rate  ->  batches(step)  ->  train_step  ->  metrics
+        learning rate  ->  batches(step)  ->  balance of the router (faded)  ->  train_step  ->  metrics
         every so often: evaluate, checkpoint; on SIGTERM or SIGINT: checkpoint and stop
 
 Killed at any moment, the same call goes on from the newest whole checkpoint and ends in bitwise equal weights (same
@@ -28,9 +28,10 @@ from puna.optim import OPTIMIZERS
 from puna.optim.adamw import set_lr
 from puna.optim.schedule import anneal, wsd
 from puna.train import checkpoint, memory
+from puna.train.balance import BALANCING, Balancer, balance_metrics
 from puna.train.config import TrainConfig
 from puna.train.metrics import Display, MetricsFile
-from puna.train.step import Balancer, train_step
+from puna.train.step import train_step
 from puna.train.terms import NextToken, Term
 from puna.train.trackers import Tracker
 
@@ -114,7 +115,7 @@ def train(job: Job) -> Llama4:
         model, config.lr, config.weight_decay, (config.beta1, config.beta2), config.eps,
         config.multipliers,
     )  # fmt: skip
-    balancer = Balancer(model, config.balance)
+    balancer = BALANCING[config.balancing](model, config.balance)
     begun = checkpoint.newest(job.folder)
     was = begun["config"].get("train", {}).get("optimizer", "adamw") if begun else config.optimizer
     if was != config.optimizer and not begun["finished"]:
@@ -152,15 +153,16 @@ def _steps(job: Job, optimizer, balancer, done: int, metrics, display, received:
     for step in range(done, config.steps):
         begin = time.perf_counter()
         model.train()
-        balancer.apply(anneal(step, config.steps))
         multiplier = wsd(step, config.steps, config.warmup, config.decay, config.floor)
         head = wsd(step, config.steps, config.warmup_head or config.warmup, config.decay, config.floor)
         set_lr(optimizer, multiplier, head)
         batch = job.source(step)
+        balancer.apply(anneal(step, config.steps), batch.tokens_BT.numel())
         waited = time.perf_counter() - begin
         result = train_step(model, optimizer, batch.split(config.accumulate), job.term, config.clip, config.slice)
         if not result.skipped:
-            balancer.adjust(result.counts)
+            balancer.adjust(result.counts, result.seen)
+            balance_metrics(balancer, result.metrics)
         seconds = time.perf_counter() - begin
         metrics.write(
             step=step, loss=result.loss, lr=config.lr * multiplier, grad_norm=result.grad_norm, tokens=result.tokens,
