@@ -19,7 +19,7 @@ from torch import Tensor
 
 from puna.data import Batch
 from puna.model import Llama4
-from puna.model.moe import moe_layers
+from puna.train.balance import Routes, router_metrics
 from puna.train.terms import Term
 
 if TYPE_CHECKING:  # one process needs no torch.distributed
@@ -37,6 +37,7 @@ class StepResult:
     skipped: bool
     metrics: dict[str, Any] = field(default_factory=dict)
     counts: list[Tensor] = field(default_factory=list)  # tokens of each expert [E], one entry a MoE layer
+    seen: list[dict[str, Tensor]] = field(default_factory=list)  # sums of `MoE.seen`, likewise
 
 
 def accumulate_gradients(model: Llama4, batch: Batch, term: Term, denominator: int, slice_size: int):
@@ -80,24 +81,17 @@ def train_step(model: Llama4, optimizer, batches: list[Batch], term: Term, clip:
     if mesh is not None:
         valid, tokens = mesh.sum(torch.tensor([valid, tokens])).tolist()
     total, sums = torch.zeros(()), {}
-    layers = moe_layers(model)
-    counts = [torch.zeros(m.n_experts, dtype=torch.int64) for m in layers]
-    flips = torch.zeros((), dtype=torch.int64)
+    routes = Routes(model)
     for batch in batches:
-        loss, metrics = accumulate_gradients(model, batch, term, max(valid, 1), slice_size)
+        with routes.watch():
+            loss, metrics = accumulate_gradients(model, batch, term, max(valid, 1), slice_size)
         total = total + loss
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value
-        for count, layer in zip(counts, layers, strict=True):
-            if layer.counts_E is not None:  # the term may have needed the vision tower alone
-                count += layer.counts_E.cpu()
-            if layer.flips is not None:
-                flips += layer.flips.cpu()
     if mesh is not None:
         total, *summed = mesh.sum(torch.stack([total, *sums.values()]).double())
         sums = dict(zip(sums, summed, strict=True))
-        *counts, flips = mesh.sum(torch.stack([*counts, flips.expand(model.config.n_experts)])).cpu()
-        flips = flips[0]
+        routes.gather(mesh)
     norm, parts = clip_gradients(model, clip, mesh)
     loss, grad_norm = float(total) / max(valid, 1), float(norm)
     skipped = not (math.isfinite(loss) and math.isfinite(grad_norm)) or not valid
@@ -105,8 +99,9 @@ def train_step(model: Llama4, optimizer, batches: list[Batch], term: Term, clip:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     measured = {name: float(value) / max(valid, 1) for name, value in sums.items()}
-    measured |= {f"grad/{part}": value for part, value in parts.items()} | router_metrics(counts, flips)
-    return StepResult(loss, grad_norm, tokens, valid, skipped, measured, counts)
+    measured |= {f"grad/{part}": value for part, value in parts.items()}
+    measured |= router_metrics(routes.counts, routes.flips)
+    return StepResult(loss, grad_norm, tokens, valid, skipped, measured, routes.counts, routes.seen)
 
 
 PARTS = {  # what names hold -> the part that they belong to; the rest are dense layers and shared experts
@@ -150,63 +145,3 @@ def clip_gradients(model: Llama4, clip: float, mesh: Mesh | None = None) -> tupl
 def local(tensor: Tensor) -> Tensor:
     """The numbers of a tensor that this process holds: its own memory, also of a DTensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def router_metrics(counts: list[Tensor], flips: Tensor) -> dict[str, float | list[float]]:
-    """How evenly a step's tokens went to the experts: per MoE layer, and the layers' mean. With load_e the share of
-    the tokens times E (1 is even):
-
-        max_load   the busiest expert's load: its layer takes that much longer
-        entropy    -sum p ln p / ln E of the shares p = load / E: 1 is even, 0 is one expert for all
-        dead       the share of experts without a token
-
-    and `flip_share`, the routes that the balance bias changed. "router/layers" has a list by layer of each.
-    """
-    if not any(int(count.sum()) for count in counts):  # no experts, or a term that needs the vision tower alone
-        return {}
-    counts_LE = torch.stack(counts).double()
-    share_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp_min(1)
-    n_experts = counts_LE.shape[1]
-    entropy_L = -torch.special.xlogy(share_LE, share_LE).sum(dim=1) / max(math.log(n_experts), 1e-9)
-    layers = {
-        "max_load": share_LE.max(dim=1).values * n_experts,
-        "entropy": entropy_L.clamp(0, 1),
-        "dead": (counts_LE == 0).double().mean(dim=1),
-    }
-    means = {f"router/{name}": float(value_L.mean()) for name, value_L in layers.items()}
-    rounded = {name: [round(x, 4) for x in value_L.tolist()] for name, value_L in layers.items()}
-    return means | {"router/flip_share": float(flips) / max(1, int(counts_LE.sum())), "router/layers": rounded}
-
-
-class Balancer:
-    """Loss-free load balancing (arXiv 2408.15664): b_e += u * sign(mean load - load_e), re-centred to mean 0.
-
-    The bias moves the argmax while training and nothing else. It is training state: saved with checkpoints, never
-    part of the model. `scale` in 0..1 fades its effect out before a stage ends (`optim.schedule.anneal`). Frozen
-    routers (LoRA) are left alone: they could not learn to do without it.
-    """
-
-    def __init__(self, model: Llama4, update: float):
-        self.layers = moe_layers(model)
-        self.update = update if any(p.requires_grad for m in self.layers for p in m.router.parameters()) else 0.0
-        device = model.tok_embeddings.weight.device
-        self.bias = [torch.zeros(m.n_experts, device=device) for m in self.layers]
-
-    def apply(self, scale: float) -> None:
-        """Hands the faded bias to the routers for the coming step."""
-        for layer, bias in zip(self.layers, self.bias, strict=True):
-            layer.selection_bias_E = bias * scale if self.update > 0 else None
-
-    def adjust(self, counts: list[Tensor]) -> None:
-        """Moves the bias by a step's loads: tokens of each expert [E] over all micro-batches, one entry a layer."""
-        if self.update <= 0:
-            return
-        for count_E, bias in zip(counts, self.bias, strict=True):
-            load = count_E.to(bias)
-            bias += self.update * torch.sign(load.mean() - load)
-            bias -= bias.mean()
-
-    def detach(self) -> None:
-        """Leaves the model as it is used elsewhere: routing by raw logits."""
-        for layer in self.layers:
-            layer.selection_bias_E = None
