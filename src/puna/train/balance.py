@@ -49,9 +49,9 @@ class Balancer:
 
     def __init__(self, model: nn.Module, strength: float | None = None):
         self.layers = moe_layers(model)
-        learns = any(p.requires_grad for layer in self.layers for p in layer.router.parameters())
-        self.strength = (self.usual if strength is None else strength) if learns else 0.0
-        self.device = model.tok_embeddings.weight.device
+        learns = [p.requires_grad for layer in self.layers for p in layer.router.parameters()]  # none on some stages
+        self.strength = (self.usual if strength is None else strength) if any(learns) or not learns else 0.0
+        self.device = next(model.parameters()).device
 
     def apply(self, scale: float, positions: int = 0) -> None:
         """Readies the routers for a step. scale: 1, and down to 0 at a stage's end (`optim.schedule.anneal`);
@@ -220,7 +220,7 @@ class Routes:
 
     def __init__(self, model: nn.Module):
         self.layers = moe_layers(model)
-        device = model.tok_embeddings.weight.device
+        device = next(model.parameters()).device
         self.counts = [torch.zeros(m.n_experts, dtype=torch.int64, device=device) for m in self.layers]
         self.flips = torch.zeros((), dtype=torch.int64, device=device)
         self.seen: list[dict[str, Tensor]] = [{} for _ in self.layers]

@@ -43,30 +43,41 @@ class StepResult:
 def accumulate_gradients(model: Llama4, batch: Batch, term: Term, denominator: int, slice_size: int):
     """Forward and backward of one micro-batch; gradients of (sum of the term / denominator) are added to .grad.
 
-    Returns (sum of the term, dict of metric sums), detached. Where processes share the rows (`model.share`), hidden
-    states are those of this process's own places, and so are the sums; one without any takes part all the same.
+    Returns (sum of the term, dict of metric sums), detached.
     """
     hidden_BTD = term.hidden(model, batch)
+    total, metrics, gradient_BTD = loss_gradient(model, batch, hidden_BTD, term, denominator, slice_size)
+    if hidden_BTD.requires_grad and gradient_BTD is not None:  # not where an adapter on the head is all that is trained
+        hidden_BTD.backward(gradient_BTD)
+    return total, metrics
+
+
+def loss_gradient(model: Llama4, batch: Batch, hidden_BTD: Tensor, term: Term, denominator: int, slice_size: int):
+    """(sum of the term, dict of metric sums, gradient of the hidden states or None where no position counts); the
+    head's own gradient is added to .grad.
+
+    Where processes share the rows (`model.share`), hidden states are those of this process's own places, and so are the
+    sums; one without any takes part all the same.
+    """
     own = model.share.of_batch if model.share is not None else lambda x: x
     place_n = own(batch.valid_BT).flatten().nonzero().squeeze(-1)
     if not place_n.numel() and model.share is None:
-        return hidden_BTD.new_zeros((), dtype=torch.float32), {}
-    hidden_nD = hidden_BTD.flatten(0, 1).index_select(0, place_n)
+        return hidden_BTD.new_zeros((), dtype=torch.float32), {}, None
+    hidden_nD = hidden_BTD.detach().flatten(0, 1).index_select(0, place_n)
     about = {"targets": batch.targets_BT} | dict(batch.extra)
     about = {name: own(each).flatten(0, 1).index_select(0, place_n) for name, each in about.items()}
     total, metrics, gradients = 0.0, {}, []
     for start in range(0, max(place_n.numel(), 1), slice_size):
         part = slice(start, start + slice_size)
-        leaf = hidden_nD[part].detach().requires_grad_()
+        leaf = hidden_nD[part].requires_grad_()
         loss, sums = term(leaf, model.head, {name: each[part] for name, each in about.items()})
         (loss / denominator).backward()
         gradients.append(leaf.grad)
         total = total + loss.detach()
         for name, value in sums.items():
             metrics[name] = metrics.get(name, 0) + value.detach()
-    if hidden_nD.requires_grad:  # not where an adapter on the head is all that is trained
-        hidden_nD.backward(torch.cat(gradients))
-    return total, metrics
+    gradient_nD = torch.zeros_like(hidden_BTD).flatten(0, 1).index_copy(0, place_n, torch.cat(gradients))
+    return total, metrics, gradient_nD.view_as(hidden_BTD)
 
 
 def train_step(model: Llama4, optimizer, batches: list[Batch], term: Term, clip: float, slice_size: int,
@@ -79,21 +90,29 @@ def train_step(model: Llama4, optimizer, batches: list[Batch], term: Term, clip:
     valid, tokens = (sum(int(own(x).sum()) for x in each) for each in (
         [b.valid_BT for b in batches], [b.doc_ids_BT >= 0 for b in batches]))  # fmt: skip
     if mesh is not None:
-        valid, tokens = mesh.sum(torch.tensor([valid, tokens])).tolist()
-    total, sums = torch.zeros(()), {}
+        valid, tokens = (mesh.sum(torch.tensor([valid, tokens])) // mesh.layout.pp).tolist()
+    sums: dict[str, Tensor] = {"loss": torch.zeros(())}
     routes = Routes(model)
-    for batch in batches:
-        with routes.watch():
-            loss, metrics = accumulate_gradients(model, batch, term, max(valid, 1), slice_size)
-        total = total + loss
-        for name, value in metrics.items():
+
+    def add(loss: Tensor, metrics: dict[str, Tensor]) -> None:
+        for name, value in {"loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0) + value
+
+    def last_stage(batch: Batch, hidden_BTD: Tensor) -> Tensor:
+        loss, metrics, gradient_BTD = loss_gradient(model, batch, hidden_BTD, term, max(valid, 1), slice_size)
+        add(loss, metrics)
+        return gradient_BTD
+
+    if model.pipeline is not None:
+        model.pipeline.run(model, batches, last_stage, routes.watch)
+    for batch in batches if model.pipeline is None else ():
+        with routes.watch():
+            add(*accumulate_gradients(model, batch, term, max(valid, 1), slice_size))
     if mesh is not None:
-        total, *summed = mesh.sum(torch.stack([total, *sums.values()]).double())
-        sums = dict(zip(sums, summed, strict=True))
+        sums = mesh.sum_named(sums)
         routes.gather(mesh)
     norm, parts = clip_gradients(model, clip, mesh)
-    loss, grad_norm = float(total) / max(valid, 1), float(norm)
+    loss, grad_norm = float(sums.pop("loss")) / max(valid, 1), float(norm)
     skipped = not (math.isfinite(loss) and math.isfinite(grad_norm)) or not valid
     if not skipped:
         optimizer.step()
