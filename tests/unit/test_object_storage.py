@@ -1,4 +1,4 @@
-"""`puna data build` from object storage over S3's real protocol: signed HTTP requests to a server of this machine, moto.
+"""`puna data build` from object storage over S3's real protocol: signed requests to a server of this machine, moto.
 
 Opt-in, since the server brings forty packages: pip install 'moto[server]' s3fs.
 """
