@@ -1,5 +1,8 @@
 """What processes do in the tests of distributed checkpoints: hold known numbers, train on, be damaged, fail."""
 
+import os
+import signal
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,9 +17,10 @@ from puna.optim import build_adamw
 from puna.optim.adamw import set_lr
 from puna.parallel.apply import build_model
 from puna.parallel.layout import Layout
-from puna.parallel.mesh import Mesh
+from puna.parallel.mesh import Mesh, processes
 from puna.train import checkpoint
-from puna.train.step import Balancer, local, train_step
+from puna.train.balance import Bias
+from puna.train.step import local, train_step
 from puna.train.terms import NextToken
 
 ROWS = 12
@@ -43,7 +47,7 @@ class State:
         else:
             self.model = build_model(self.config, self.mesh, lambda name, part: part.cut(weights[name]))
         self.optimizer = build_adamw(self.model, 1e-2, 0.1, (0.9, 0.99), 1e-8)
-        self.balancer, self.done = Balancer(self.model, 0.01), 0
+        self.balancer, self.done = Bias(self.model, 0.01), 0
         set_lr(self.optimizer, 1.0)
 
     @property
@@ -52,8 +56,8 @@ class State:
 
     def fill(self) -> "State":
         """Known numbers in everything that a checkpoint holds."""
-        random = torch.Generator().manual_seed(3)
         for name, parameter in self.model.named_parameters():
+            random = torch.Generator().manual_seed(sum(name.encode()))
             moments = [torch.randn(self.parts[name].shape, generator=random) for _ in range(2)]
             if name == "vision.projector.weight":  # never had a gradient
                 continue
@@ -73,7 +77,7 @@ class State:
         if self.mesh is not None:
             share = share.split(self.mesh.layout.rows)[self.mesh.rows_index]
         result = train_step(self.model.train(), self.optimizer, [share], NextToken(), 1.0, 1000, self.mesh)
-        self.balancer.adjust(result.counts)
+        self.balancer.adjust(result.counts, result.seen)
         self.done += 1
         return result.loss
 
@@ -126,16 +130,18 @@ def compare_known(rank, kind, layout, stage):
     return wrong
 
 
-def train_on(rank, kind, layout, stage, until, asynchronous=True):
+def train_on(rank, kind, layout, stage, until, asynchronous=True, **options):
     """Resumes what there is, trains, with a checkpoint behind every step; the losses."""
     state = State(kind, layout)
+    torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # another layout
         state.resume(stage)
     losses = {}
-    with state.saver(stage, asynchronous, keep=2) as saver:
+    with state.saver(stage, asynchronous, keep=2, **options) as saver:
         while state.done < until:
-            losses[state.done] = state.step()
+            step = state.done
+            losses[step] = state.step()
             state.save(saver, state.done == until)
         saver.wait()
     return losses
@@ -159,7 +165,7 @@ def resumes(rank, kind, layout, stage):
 def fails(rank, kind, layout, stage, who, how, asynchronous):
     """A second checkpoint in which one process fails; (error, files left behind). The third one is whole."""
     state = State(kind, layout).fill()
-    saver = state.saver(stage, asynchronous, timeout=1.0)
+    saver = state.saver(stage, asynchronous, timeout=6.0)
     state.done = 1
     state.save(saver)
     saver.wait()
@@ -187,3 +193,24 @@ def fails(rank, kind, layout, stage, who, how, asynchronous):
     state.save(saver)
     saver.wait()
     return error, left
+
+
+def main(stage: str, asynchronous: str, killed: str) -> None:
+    """A job of processes of its own: three steps. killed: "yes" kills process 1 while it writes the second step's."""
+    with processes(Layout(), timeout=60):
+        rank = dist.get_rank()
+        torch.set_num_threads(1)
+        if rank == 1 and killed == "yes":
+            original = checkpoint.Stored.write_block
+
+            def write_block(self, *given):
+                if (Path(stage) / "step-00000001").exists():
+                    os.kill(os.getpid(), signal.SIGKILL)
+                original(self, *given)
+
+            checkpoint.Stored.write_block = write_block
+        train_on(rank, "scout", {}, stage, 3, asynchronous == "yes", timeout=6.0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -23,8 +23,9 @@ from puna.parallel.layout import Layout, world_size
 class Mesh:
     """This process among the others of a resolved layout; the default process group exists."""
 
-    def __init__(self, layout: Layout, device: torch.device | str = "cpu"):
+    def __init__(self, layout: Layout, device: torch.device | str = "cpu", timeout: float = 600.0):
         self.layout, self.device, self.rank = layout, torch.device(device), dist.get_rank()
+        self.timeout = timedelta(seconds=timeout)
         n, kind = layout, self.device.type
         self.grid = init_device_mesh(kind, (n.pp, n.dp_replicate, n.dp_shard, n.cp, n.tp),
                                      mesh_dim_names=("pp", "dp_replicate", "dp_shard", "cp", "tp"))  # fmt: skip
@@ -80,11 +81,16 @@ class Mesh:
         dist.all_reduce(value)
         return value
 
-    def stage_sum(self, value: Tensor) -> Tensor:
-        """The sum over the processes that have the same blocks."""
-        value = value.detach().to(self.device, copy=True)
-        dist.all_reduce(value, group=self.stage)
-        return value
+    def sum_named(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The sums over all processes; one that lacks a name adds nothing (only a pipeline's last stage has them)."""
+        names = list(values)
+        if self.layout.pp > 1:
+            found: list = [None] * self.layout.world
+            dist.all_gather_object(found, names)
+            names = max(found, key=len)
+        zero = torch.zeros(())
+        summed = self.sum(torch.stack([torch.as_tensor(values.get(name, zero)).double().cpu() for name in names]))
+        return dict(zip(names, summed, strict=True))
 
 
 @contextmanager
@@ -98,6 +104,6 @@ def processes(layout: Layout, timeout: float = 600.0) -> Iterator[Mesh]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
     try:
-        yield Mesh(layout, device)
+        yield Mesh(layout, device, timeout)
     finally:
         dist.destroy_process_group()

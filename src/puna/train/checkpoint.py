@@ -2,7 +2,7 @@
 
     step-00000200/   model.safetensors, tokenizer.json, processor.json   what `puna.load` reads; of a model with
                      (adapter.safetensors)                                adapters these alone
-                     optimizer.safetensors                                moments, balance bias, random state
+                     optimizer.safetensors                                moments, balance, random state
                      run.json                                             resolved configuration, step, hash per tensor
 
 A checkpoint is written into a hidden folder, flushed to the disk and renamed: a folder with its final name is whole.
@@ -60,8 +60,9 @@ from puna.fields import to_dict
 from puna.model import Llama4
 from puna.parallel.layout import Part
 from puna.processor.files import sync_folder
+from puna.train.balance import Balancer
 from puna.train.meeting import GaveUp, Meeting, sweep
-from puna.train.step import Balancer, local
+from puna.train.step import local
 
 if TYPE_CHECKING:  # one process needs no torch.distributed
     from puna.parallel.mesh import Mesh
@@ -87,13 +88,13 @@ def cpu_name() -> str:
 
 
 def training_tensors(model: Llama4, optimizer: torch.optim.Optimizer, balancer: Balancer) -> dict[str, Tensor]:
-    """Optimizer moments by parameter name, the balance bias by layer, torch's random state; what this process has."""
+    """Optimizer moments by parameter name, the balancer's state, torch's random state; what this process has."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {"random_state": torch.get_rng_state()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             tensors[f"{key}/{names[id(parameter)]}"] = local(value.detach())
-    return tensors | {f"balance/{i}": bias for i, bias in enumerate(balancer.bias)}
+    return tensors | balancer.tensors()
 
 
 def parts_of(model: Llama4, parameters: Mapping[str, Tensor]) -> dict[str, Part]:
@@ -132,7 +133,13 @@ def agreed(mesh: Mesh | None) -> Iterator[None]:
         yield
     except PunaError as error:
         mine = error
-    errors = [error for error in ([mine] if mesh is None else mesh.exchange(mine)) if error is not None]
+    try:
+        everyone = [mine] if mesh is None else mesh.exchange(mine)
+    except RuntimeError:  # one is dead
+        if mine is None:
+            raise
+        everyone = [mine]
+    errors = [error for error in everyone if error is not None]
     if errors:
         raise next((error for error in errors if not isinstance(error, GaveUp)), errors[0])
 
@@ -185,14 +192,15 @@ class Saver:
 
     asynchronous: `save` returns when the numbers are copied; a thread writes them. An error of it is a PunaError of the
     next `save` or `wait`, on every process. keep, every: what `prune` leaves behind a new checkpoint (0: all).
-    timeout: seconds that processes wait for one another.
+    timeout: seconds that processes wait for one another; None: as long as in their collectives.
     """
 
     def __init__(self, stage: Path, mesh: Mesh | None = None, asynchronous: bool = False, keep: int = 0, every: int = 0,
-                 timeout: float = 600.0):  # fmt: skip
+                 timeout: float | None = None):  # fmt: skip
         self.stage, self.mesh, self.asynchronous, self.keep, self.every = stage, mesh, asynchronous, keep, every
         self.index, self.of = place(mesh)
-        self.timeout, self.cancelled = timeout, Event()
+        self.timeout = timeout or (0.0 if mesh is None else mesh.timeout.total_seconds())
+        self.cancelled = Event()
         self.thread: Thread | None = None
         self.error: PunaError | None = None
 
@@ -276,8 +284,11 @@ class Saver:
             if self.index == 0 and self.keep:
                 prune(self.stage, job.keep, job.run["step"], self.every)
         except BaseException as error:
+            late = meeting.gone.exists()  # then this is what came of another's error
             meeting.give_up()
-            if isinstance(error, PunaError):
+            if late and isinstance(error, Exception):
+                self.error = GaveUp(f"can't write checkpoint {job.target}: another process gave it up")
+            elif isinstance(error, PunaError):
                 self.error = type(error)(f"can't write checkpoint {job.target}: {error}")
             elif isinstance(error, OSError | RuntimeError):
                 self.error = _refused(job.target, error)
@@ -436,8 +447,9 @@ def restore(folder: Path, model: Llama4, optimizer: torch.optim.Optimizer, balan
             kind, _, name = key.partition("/")
             if name in parameters:
                 optimizer.state[parameters[name]][kind] = _state(stored, parameters[name], parts[name])
-        for i, bias in enumerate(balancer.bias):
-            bias.copy_(training[f"balance/{i}"].read())
+        for name, tensor in balancer.tensors().items():
+            if name in training:  # a run that was balanced in another way begins this one's anew
+                tensor.copy_(training[name].read())
     torch.set_rng_state(training["random_state"].read())
     here, there = environment(mesh), run.get("environment") or {}
     different = [k for k in here | there if there.get(k) != here.get(k)]

@@ -1,7 +1,7 @@
 """The one training loop. A stage gives it data, a loss term and a schedule; it does the rest, and nothing else does.
 
     for step in range(done, steps):
-        bias of the router (faded)  ->  learning rate  ->  batches(step)  ->  train_step  ->  metrics
+        learning rate  ->  batches(step)  ->  balance of the router (faded)  ->  train_step  ->  metrics
         every so often: evaluate, checkpoint; on SIGTERM or SIGINT: checkpoint and stop
 
 Killed at any moment, the same call goes on from the newest whole checkpoint and ends in bitwise equal weights (same
@@ -24,12 +24,14 @@ import torch
 from puna.data import Batch
 from puna.errors import PunaError
 from puna.model import Llama4
-from puna.optim.adamw import build_adamw, set_lr
+from puna.optim import OPTIMIZERS
+from puna.optim.adamw import set_lr
 from puna.optim.schedule import anneal, wsd
 from puna.train import checkpoint, memory
+from puna.train.balance import BALANCING, Balancer, balance_metrics
 from puna.train.config import TrainConfig
 from puna.train.metrics import Display, MetricsFile, NoMetrics
-from puna.train.step import Balancer, train_step
+from puna.train.step import train_step
 from puna.train.terms import NextToken, Term
 from puna.train.trackers import Tracker
 
@@ -112,15 +114,20 @@ def train(job: Job) -> Llama4:
     kept = memory.keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
-    optimizer = build_adamw(
+    if job.mesh is None:  # else FSDP had to know it before
+        model.compute_dtype = compute_dtype(config.compute_dtype, model.tok_embeddings.weight.device)
+    optimizer = OPTIMIZERS[config.optimizer](
         model, config.lr, config.weight_decay, (config.beta1, config.beta2), config.eps,
         config.multipliers,
     )  # fmt: skip
-    balancer = Balancer(model, config.balance)
+    balancer = BALANCING[config.balancing](model, config.balance)
+    begun = checkpoint.newest(job.folder)
+    was = begun["config"].get("train", {}).get("optimizer", "adamw") if begun else config.optimizer
+    if was != config.optimizer and not begun["finished"]:
+        raise PunaError(f"{job.folder} was begun with train.optimizer {was}, whose moments {config.optimizer} can't go "
+                        f"on from: set train.optimizer {was}, or choose another folder")  # fmt: skip
     run = checkpoint.resume(job.folder, model, optimizer, balancer, job.mesh)
     done = run["step"] if run else 0
-    if job.mesh is None:  # else FSDP had to know it before
-        model.compute_dtype = compute_dtype(config.compute_dtype, model.tok_embeddings.weight.device)
     model.recompute = config.recompute
     if run and run["finished"]:
         return _finish(model, balancer)
@@ -162,15 +169,17 @@ def _steps(job: Job, optimizer, balancer, saver, done: int, metrics, display, re
     for step in range(done, config.steps):
         begin = time.perf_counter()
         model.train()
-        balancer.apply(anneal(step, config.steps))
         multiplier = wsd(step, config.steps, config.warmup, config.decay, config.floor)
         head = wsd(step, config.steps, config.warmup_head or config.warmup, config.decay, config.floor)
         set_lr(optimizer, multiplier, head)
         batch = job.source(step)
+        positions = batch.tokens_BT.numel() * (mesh.layout.rows if mesh else 1)
+        balancer.apply(anneal(step, config.steps), positions)
         waited = time.perf_counter() - begin
         result = train_step(model, optimizer, batch.split(config.accumulate), job.term, config.clip, config.slice, mesh)
         if not result.skipped:
-            balancer.adjust(result.counts)
+            balancer.adjust(result.counts, result.seen)
+            balance_metrics(balancer, result.metrics)
         seconds = time.perf_counter() - begin
         read = _read(batch, mesh)
         metrics.write(

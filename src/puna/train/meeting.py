@@ -28,10 +28,15 @@ class GaveUp(PunaError):
 
 
 class Meeting:
-    """What process `index` of several says and hears about a folder. timeout: seconds to wait for one another."""
+    """What process `index` of several says and hears about a folder.
+
+    timeout: seconds to wait for one another. Process 0, for which all others wait, waits for them half as long: so it
+    is the one that names who is missing.
+    """
 
     def __init__(self, folder: Path, index: int, timeout: float, cancelled: Event):
-        self.folder, self.index, self.timeout, self.cancelled = folder, index, timeout, cancelled
+        self.folder, self.index, self.cancelled = folder, index, cancelled
+        self.timeout = timeout if index else timeout / 2
         self.gone = folder.with_name(folder.name + GONE)
 
     def say(self, what: str, value: Any = None) -> None:
@@ -47,10 +52,10 @@ class Meeting:
         end, pause = time.monotonic() + self.timeout, 0.001
         while missing := [index for index, path in paths.items() if not path.exists()]:
             if self.gone.exists() or self.cancelled.is_set():
-                raise GaveUp(f"{self.folder.name} was given up by another process")
+                raise GaveUp("another process gave it up")
             if time.monotonic() > end:
                 names = ", ".join(map(str, missing))
-                raise PunaError(f"process {names} was not heard of for {self.timeout:.0f} s ({what}): see its log")
+                raise PunaError(f"process {names} was not heard of for {self.timeout:g} s ({what}): see its log")
             self.cancelled.wait(pause)
             pause = min(2 * pause, 0.1)
         return [json.loads(path.read_text(encoding="utf-8")) for path in paths.values()]
