@@ -7,6 +7,7 @@ FSDP takes meshes of two dimensions, (copies, shards). The same ranks are seen t
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,7 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from puna.errors import PunaError
 from puna.parallel.layout import Layout, world_size
+
+LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|[Tt]imed out|NCCL|Socket|connectFullMesh")
 
 
 class Mesh:
@@ -90,14 +94,24 @@ class Mesh:
 @contextmanager
 def processes(layout: Layout, timeout: float = 600.0) -> Iterator[Mesh]:
     """Joins the processes that torchrun started (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and leaves them at the
-    end. NCCL beside CUDA, else gloo. timeout: seconds until a process that waits for another gives up."""
+    end. NCCL beside CUDA, else gloo. timeout: seconds until a process that waits for another gives up. PunaError where
+    another process is gone."""
     layout = layout.resolve(world_size())
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+    mesh = Mesh(layout, device, timeout)
     try:
-        yield Mesh(layout, device, timeout)
+        yield mesh
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        first = str(error).strip().splitlines()[0][:200]
+        raise PunaError(
+            f"process {mesh.rank} lost another process ({first}): see what that one said; the same command goes on "
+            "from the last checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()
