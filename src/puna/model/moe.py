@@ -34,12 +34,11 @@ from puna.model.config import ModelConfig
 class LocalDispatcher:
     """All experts live here: dispatch is a sort by expert, combine its inverse. No parameters, no state."""
 
-    def dispatch(self, x_TD: Tensor, expert_T: Tensor, n_experts: int):
-        """Returns (x sorted by expert [T, D], counts_E int64, a context for `combine`)."""
+    def dispatch(self, x_TD: Tensor, expert_T: Tensor, counts_E: Tensor):
+        """Returns (x sorted by expert, rows of each expert that lives here, a context for `combine`)."""
         order_T = torch.argsort(expert_T, stable=True)
         inverse_T = torch.empty_like(order_T)
         inverse_T[order_T] = torch.arange(order_T.numel(), device=order_T.device)
-        counts_E = torch.bincount(expert_T, minlength=n_experts)
         return ops.permute_rows(x_TD, order_T, inverse_T), counts_E, (order_T, inverse_T)
 
     def combine(self, y_TD: Tensor, context) -> Tensor:
@@ -85,7 +84,7 @@ class MoE(nn.Module):
         self.shared = FeedForward(config.d_model, config.expert_width)
         self.dispatcher = LocalDispatcher()
         self.selection_bias_E: Tensor | None = None  # training state, set by the loop
-        self.counts_E: Tensor | None = None  # tokens per expert of the last forward
+        self.counts_E: Tensor | None = None  # of this process's tokens, those of each expert in the last forward
         self.flips: Tensor | None = None  # tokens of the last training forward that balancing sent elsewhere
         self.router_loss: Callable[[Tensor], Tensor] | None = None  # logits [T, E] -> a loss of their own, in training
         self.choice: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # logits -> tokens, who takes them
@@ -104,24 +103,25 @@ class MoE(nn.Module):
             expert_T = torch.where(route_T >= 0, route_T, expert_T)
         if self.record is not None:
             self.record.append(expert_T.view(x_BTD.shape[:-1]))
+        self.counts_E = torch.bincount(expert_T, minlength=self.n_experts)
         if self.choice is not None and route_BT is None:
             routed_TD = self._taken(x_TD, logits_TE, expert_T)
         else:
             score_T1 = torch.sigmoid(logits_TE.gather(1, expert_T[:, None])).to(x_TD.dtype)
-            routed_TD, self.counts_E = self._run(x_TD * score_T1, expert_T)
+            routed_TD = self._run(x_TD * score_T1, expert_T, self.counts_E)
         return (self.shared(x_TD) + routed_TD).view_as(x_BTD)
 
-    def _run(self, x_ND: Tensor, expert_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert outputs [N, D] of scaled rows, in their order, and the rows of each expert [E]."""
-        sorted_ND, counts_E, context = self.dispatcher.dispatch(x_ND, expert_N, self.n_experts)
-        return self.dispatcher.combine(self.experts(sorted_ND, counts_E), context), counts_E
+    def _run(self, x_ND: Tensor, expert_N: Tensor, counts_E: Tensor) -> Tensor:
+        """What the experts make of scaled rows, [N, D] in the rows' order."""
+        sorted_ND, here_E, context = self.dispatcher.dispatch(x_ND, expert_N, counts_E)
+        return self.dispatcher.combine(self.experts(sorted_ND, here_E), context)
 
     def _taken(self, x_TD: Tensor, logits_TE: Tensor, expert_T: Tensor) -> Tensor:
         """The sum of what the experts that took a token make of it: none, one or several."""
         token_N, expert_N = self.choice(logits_TE.detach())
         score_N1 = torch.sigmoid(logits_TE[token_N, expert_N])[:, None].to(x_TD.dtype)
-        routed_ND, _ = self._run(x_TD.index_select(0, token_N) * score_N1, expert_N)
-        self.counts_E = torch.bincount(expert_T, minlength=self.n_experts)
+        counts_E = torch.bincount(expert_N, minlength=self.n_experts)
+        routed_ND = self._run(x_TD.index_select(0, token_N) * score_N1, expert_N, counts_E)
         self.flips = len(expert_T) - (expert_T[token_N] == expert_N).sum()
         return torch.zeros_like(x_TD).index_add(0, token_N, routed_ND)
 

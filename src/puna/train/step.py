@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from puna.data import Batch
 from puna.model import Llama4
 from puna.train.balance import Routes, router_metrics
 from puna.train.terms import Term
+
+if TYPE_CHECKING:  # one process needs no torch.distributed
+    from puna.parallel import Mesh
 
 
 @dataclass
@@ -40,17 +43,19 @@ class StepResult:
 def accumulate_gradients(model: Llama4, batch: Batch, term: Term, denominator: int, slice_size: int):
     """Forward and backward of one micro-batch; gradients of (sum of the term / denominator) are added to .grad.
 
-    Returns (sum of the term, dict of metric sums), detached.
+    Returns (sum of the term, dict of metric sums), detached. Where processes share the rows (`model.share`), hidden
+    states are those of this process's own places, and so are the sums; one without any takes part all the same.
     """
     hidden_BTD = term.hidden(model, batch)
-    place_n = batch.valid_BT.flatten().nonzero().squeeze(-1)
-    if not place_n.numel():
+    own = model.share.of_batch if model.share is not None else lambda x: x
+    place_n = own(batch.valid_BT).flatten().nonzero().squeeze(-1)
+    if not place_n.numel() and model.share is None:
         return hidden_BTD.new_zeros((), dtype=torch.float32), {}
     hidden_nD = hidden_BTD.flatten(0, 1).index_select(0, place_n)
     about = {"targets": batch.targets_BT} | dict(batch.extra)
-    about = {name: each.flatten(0, 1).index_select(0, place_n) for name, each in about.items()}
+    about = {name: own(each).flatten(0, 1).index_select(0, place_n) for name, each in about.items()}
     total, metrics, gradients = 0.0, {}, []
-    for start in range(0, place_n.numel(), slice_size):
+    for start in range(0, max(place_n.numel(), 1), slice_size):
         part = slice(start, start + slice_size)
         leaf = hidden_nD[part].detach().requires_grad_()
         loss, sums = term(leaf, model.head, {name: each[part] for name, each in about.items()})
@@ -64,10 +69,17 @@ def accumulate_gradients(model: Llama4, batch: Batch, term: Term, denominator: i
     return total, metrics
 
 
-def train_step(model: Llama4, optimizer, batches: list[Batch], term: Term, clip: float, slice_size: int) -> StepResult:
-    """Runs one optimizer step over its micro-batches; the learning rate is already set."""
-    valid = sum(int(b.valid_BT.sum()) for b in batches)
-    tokens = sum(int((b.doc_ids_BT >= 0).sum()) for b in batches)
+def train_step(model: Llama4, optimizer, batches: list[Batch], term: Term, clip: float, slice_size: int,
+               mesh: Mesh | None = None) -> StepResult:  # fmt: skip
+    """Runs one optimizer step over its micro-batches; the learning rate is already set.
+
+    mesh: the processes that take the step together, each with its own rows; all numbers of the result are the step's.
+    """
+    own = model.share.of_batch if model.share is not None else lambda x: x
+    valid, tokens = (sum(int(own(x).sum()) for x in each) for each in (
+        [b.valid_BT for b in batches], [b.doc_ids_BT >= 0 for b in batches]))  # fmt: skip
+    if mesh is not None:
+        valid, tokens = mesh.sum(torch.tensor([valid, tokens])).tolist()
     total, sums = torch.zeros(()), {}
     routes = Routes(model)
     for batch in batches:
@@ -76,8 +88,11 @@ def train_step(model: Llama4, optimizer, batches: list[Batch], term: Term, clip:
         total = total + loss
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value
-    routes.gather()
-    norm, parts = clip_gradients(model, clip)
+    if mesh is not None:
+        total, *summed = mesh.sum(torch.stack([total, *sums.values()]).double())
+        sums = dict(zip(sums, summed, strict=True))
+        routes.gather(mesh)
+    norm, parts = clip_gradients(model, clip, mesh)
     loss, grad_norm = float(total) / max(valid, 1), float(norm)
     skipped = not (math.isfinite(loss) and math.isfinite(grad_norm)) or not valid
     if not skipped:
@@ -93,6 +108,7 @@ PARTS = {  # what names hold -> the part that they belong to; the rest are dense
     ".attention.": "attention", ".router.": "router", ".experts.": "experts", "norm": "norms",
     ".tok_embeddings": "embedding", ".output.": "head",
 }  # fmt: skip
+ALL_PARTS = (*PARTS.values(), "dense", "vision", "adapter")
 
 
 def part_of(name: str) -> str:
@@ -102,20 +118,30 @@ def part_of(name: str) -> str:
     return next((part for mark, part in PARTS.items() if mark in f".{name}"), "dense")
 
 
-def clip_gradients(model: Llama4, clip: float) -> tuple[Tensor, dict[str, float]]:
+def clip_gradients(model: Llama4, clip: float, mesh: Mesh | None = None) -> tuple[Tensor, dict[str, float]]:
     """Scales all gradients to a global norm of at most `clip`; returns (the norm before, each part's share of it).
 
     As `torch.nn.utils.clip_grad_norm_`, bit for bit; it takes the norm of every tensor anyway, and summing their
-    squares by part (`part_of`) costs next to nothing: the squares of all parts add up to the square of the whole.
+    squares by part (`part_of`) costs next to nothing: the squares of all parts add up to the square of the whole. Of
+    several processes each squares what it holds; every number is on one process of each copy (parallel/layout.py).
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
-    if not named:
+    named = [(part_of(name), local(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
+    if not named and mesh is None:
         return torch.zeros(()), {}
-    parameters = [p for _, p in named]
-    norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
+    gradients = [gradient for _, gradient in named]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    squares = dict.fromkeys(ALL_PARTS if mesh else {part for part, _ in named}, 0.0)
+    for (part, _), norm in zip(named, norms.tolist(), strict=True):
+        squares[part] += norm * norm
     total = torch.linalg.vector_norm(norms)
-    torch.nn.utils.clip_grads_with_norm_(parameters, clip, total)
-    squares: dict[str, float] = {}
-    for (name, _), norm in zip(named, norms.tolist(), strict=True):
-        squares[part_of(name)] = squares.get(part_of(name), 0.0) + norm * norm
-    return total, {part: math.sqrt(square) for part, square in sorted(squares.items())}
+    if mesh is not None:
+        summed = mesh.sum(torch.tensor(list(squares.values()), dtype=torch.float64)) / mesh.layout.dp_replicate
+        squares = dict(zip(squares, summed.tolist(), strict=True))
+        total = summed.sum().sqrt().to(norms)
+    torch._foreach_mul_(gradients, torch.clamp(clip / (total + 1e-6), max=1.0))
+    return total, {part: math.sqrt(square) for part, square in sorted(squares.items()) if square or not mesh}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor that this process holds: its own memory, also of a DTensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
