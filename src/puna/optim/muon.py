@@ -154,7 +154,7 @@ def build_muon(model: nn.Module, lr: float, weight_decay: float, betas: tuple[fl
         if hidden and part is not None and part.shape[-2:] != tuple(parameter.shape[-2:]):
             raise PunaError("train.optimizer muon needs whole matrices, parallel.tp cuts them: use adamw")
         cut = cut_of(name, parameter.shape, model.config) if hidden else None
-        entry = groups.setdefault((group, hidden, cut), {
+        entry = groups.setdefault((group, hidden, cut, getattr(parameter, "device_mesh", None)), {
             "params": [], "name": group, "peak": lr * (multipliers or {}).get(group, 1.0),
             "weight_decay": weight_decay if group in DECAYING else 0.0,
         } | ({"cut": cut} if hidden else {}))  # fmt: skip

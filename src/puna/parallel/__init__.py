@@ -3,10 +3,7 @@
 The model knows nothing of it. Parameters, gradients and optimizer state are DTensors at rest (FSDP2); the forward pass
 computes on local tensors, with explicit collectives at the seams that the model leaves: the experts' dispatcher, the
 share of a row's tokens, and hooks before and after attention and feed-forwards.
+
+Read layout.py first (it needs no torch.distributed, and this package imports nothing, so that one process pays for
+none of it), then apply.py.
 """
-
-from puna.parallel.apply import build_model, parts_of
-from puna.parallel.layout import Layout, Part
-from puna.parallel.mesh import Mesh, processes, world_size
-
-__all__ = ["Layout", "Mesh", "Part", "build_model", "parts_of", "processes", "world_size"]

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
@@ -40,8 +41,8 @@ def build_model(config: ModelConfig, mesh: Mesh, values: Values | int, dtype: to
     compute: the dtype of activations and gathered matrices (None: dtype). Errors: PunaError naming a setting that does
     not fit the model.
     """
-    with torch.device("meta"):
-        model = Llama4(config).to(dtype)
+    model = _empty(config, dtype)
+    model.master_dtype = dtype
     parts = _cut(model, mesh)
     _hook(model, mesh)
     model.compute_dtype = compute
@@ -57,6 +58,33 @@ def build_model(config: ModelConfig, mesh: Mesh, values: Values | int, dtype: to
         for name, parameter in model.named_parameters():
             parameter.to_local().copy_(values(name, model.parts[name]))
     return model
+
+
+def whole_model(model: Llama4, mesh: Mesh) -> Llama4 | None:
+    """A copy of the whole model on the main process's CPU, for what only one process does; None elsewhere. It has to
+    fit there. All processes call it."""
+    names = {name: tuple(p.shape) for name, p in _empty(model.config, torch.float32).named_parameters()}
+    held, values = dict(model.named_parameters()), {}
+    for name, shape in names.items():
+        whole = torch.zeros(shape, dtype=model.master_dtype, device=mesh.device)
+        if name in held and not mesh.at["dp_replicate"]:
+            part, own = model.parts[name], held[name].detach().to_local()
+            for where, here in part.blocks():
+                whole[where] = own[here]
+        dist.reduce(whole, 0)
+        if mesh.is_main:
+            values[name] = whole.cpu()
+    if not mesh.is_main:
+        return None
+    copy = _empty(model.config, model.master_dtype)
+    copy.load_state_dict(values, assign=True)
+    copy.compute_dtype = model.compute_dtype
+    return copy
+
+
+def _empty(config: ModelConfig, dtype: torch.dtype) -> Llama4:
+    with torch.device("meta"):
+        return Llama4(config).to(dtype)
 
 
 def parts_of(model: Llama4) -> dict[str, Part]:

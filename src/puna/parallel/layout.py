@@ -29,6 +29,7 @@ is three matrices and w13 two, and a tensor-parallel process has a piece of each
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -175,6 +176,11 @@ class Part:
         for where, own in self.blocks():
             part[own] = whole[where]
         return part
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def shard_bounds(size: int, index: int, of: int) -> tuple[int, int]:

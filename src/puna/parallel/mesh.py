@@ -10,13 +10,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from puna.parallel.layout import Layout
+from puna.parallel.layout import Layout, world_size
 
 
 class Mesh:
@@ -43,6 +44,25 @@ class Mesh:
         self.at = at | {"ep": dist.get_rank(self.ep), "row": dist.get_rank(self.row)}
         self.rows_index = at["dp_replicate"] * n.dp_shard + at["dp_shard"]
 
+    def gather(self, value: Any) -> list | None:
+        """Every process's value, in their order, on the main one; None elsewhere."""
+        found = [None] * self.layout.world if self.is_main else None
+        dist.gather_object(value, found)
+        return found
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any process."""
+        return bool(self.sum(torch.tensor(int(flag))))
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The block on the main process, then on the others: one makes files, all read them."""
+        if not self.is_main:
+            dist.barrier()
+        yield
+        if self.is_main:
+            dist.barrier()
+
     @property
     def is_main(self) -> bool:
         """Whether this process speaks for all: files, progress, warnings."""
@@ -59,11 +79,6 @@ class Mesh:
         value = value.detach().to(self.device, copy=True)
         dist.all_reduce(value, group=self.stage)
         return value
-
-
-def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager

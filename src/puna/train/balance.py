@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from puna.model.moe import MoE, moe_layers
 
 if TYPE_CHECKING:  # one process needs no torch.distributed
-    from puna.parallel import Mesh
+    from puna.parallel.mesh import Mesh
 
 
 class Balancer:

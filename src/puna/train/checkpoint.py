@@ -70,7 +70,8 @@ def training_tensors(model: Llama4, optimizer: torch.optim.Optimizer, balancer: 
     return tensors | {name: tensor.cpu() for name, tensor in balancer.tensors().items()}
 
 
-def save(stage: Path, step: int, finished: bool, record: dict, model: Llama4, processor, optimizer, balancer) -> Path:
+def save(stage: Path, step: int, finished: bool, record: dict, model: Llama4, processor, optimizer, balancer,
+         mesh=None) -> Path:  # fmt: skip
     """Writes `stage`/step-XXXXXXXX; `step` steps are done. A full disk is a PunaError and leaves nothing behind."""
     target = stage / f"step-{step:08d}"
     work = None
@@ -183,7 +184,8 @@ def newest(stage: Path) -> dict | None:
     return None
 
 
-def resume(stage: Path, model: Llama4, optimizer: torch.optim.Optimizer, balancer: Balancer) -> dict | None:
+def resume(stage: Path, model: Llama4, optimizer: torch.optim.Optimizer, balancer: Balancer,
+           mesh=None) -> dict | None:  # fmt: skip
     """Restores the newest checkpoint that is whole; damaged ones are named in a warning. None: nothing to resume."""
     for folder in steps(stage):
         try:

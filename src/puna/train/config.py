@@ -38,6 +38,7 @@ class TrainConfig:
     balancing: str = "bias"  # bias | auxiliary | expert_choice (train/balance.py)
     balance: float | None = None  # its strength: update a step, weight of the loss, experts a token; 0: none
     max_skips: int = 5  # consecutive non-finite steps before the run stops
+    recompute: int = 0  # every n-th block's activations are computed again in the backward, to save memory; 0: none
     compute_dtype: str = "auto"  # auto | bfloat16 | float32
     threads: int = 0  # 0: all cores
     heap_mb: int = 0  # MiB of heap mapped before the first step (train/memory.py); about what a step needs
@@ -56,7 +57,7 @@ class TrainConfig:
         for name in ("lr", "clip", "eps"):
             if not getattr(self, name) > 0:
                 raise PunaError(f"train.{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup", "warmup_head", "threads", "heap_mb", "keep_every"):
+        for name in ("warmup", "warmup_head", "threads", "heap_mb", "keep_every", "recompute"):
             if getattr(self, name) < 0:
                 raise PunaError(f"train.{name} must not be negative, got {getattr(self, name)}")
         for group, multiplier in self.multipliers.items():

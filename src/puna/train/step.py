@@ -23,7 +23,7 @@ from puna.train.balance import Routes, router_metrics
 from puna.train.terms import Term
 
 if TYPE_CHECKING:  # one process needs no torch.distributed
-    from puna.parallel import Mesh
+    from puna.parallel.mesh import Mesh
 
 
 @dataclass
