@@ -1,6 +1,7 @@
 """Run as a program: the peak of resident memory that training steps or decoding add to a process, in bytes.
 
-argv[1] is JSON: {"what": "train" | "serve", "config": ModelConfig's, "dtype": of products, "rows", "seq_len", "micros"}.
+argv[1] is JSON: {"what": "train" or "serve", "config": ModelConfig's, "dtype": of products, "rows", "seq_len",
+"micros"}.
 """
 
 import json
