@@ -10,7 +10,7 @@ from puna.cli.main import main
 from puna.errors import PunaError
 from puna.eval import plots, report
 from puna.eval.compare import _differences, _run, compare, configuration
-from puna.eval.flops import flops_per_tile, flops_per_token
+from puna.plan.flops import flops_per_tile, flops_per_token
 
 
 def make(folder, rate, tokens, value=None, steps=4):
