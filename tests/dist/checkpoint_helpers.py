@@ -13,12 +13,14 @@ from dist_helpers import awake, batch, config
 from puna.data import Batch
 from puna.errors import PunaError
 from puna.model import Llama4
-from puna.optim import build_adamw
+from puna.optim import OPTIMIZERS
 from puna.optim.adamw import set_lr
 from puna.parallel.apply import build_model
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Mesh, processes
-from puna.train import checkpoint
+from puna.stages.common import start_model
+from puna.stages.config import StageRun
+from puna.train import TrainConfig, checkpoint
 from puna.train.balance import Bias
 from puna.train.step import local, train_step
 from puna.train.terms import NextToken
@@ -38,7 +40,7 @@ def rows(step: int) -> Batch:
 class State:
     """A model in training, whole or this process's parts of it."""
 
-    def __init__(self, kind: str, layout: dict | None):
+    def __init__(self, kind: str, layout: dict | None, optimizer: str = "adamw"):
         self.mesh = None if layout is None else Mesh(Layout(**layout).resolve(dist.get_world_size()))
         self.config, weights = config(kind), awake(config(kind), torch.float32)
         if self.mesh is None:
@@ -46,7 +48,7 @@ class State:
             self.model.load_state_dict(weights)
         else:
             self.model = build_model(self.config, self.mesh, lambda name, part: part.cut(weights[name]))
-        self.optimizer = build_adamw(self.model, 1e-2, 0.1, (0.9, 0.99), 1e-8)
+        self.optimizer = OPTIMIZERS[optimizer](self.model, 1e-2, 0.1, (0.9, 0.99), 1e-8)
         self.balancer, self.done = Bias(self.model, 0.01), 0
         set_lr(self.optimizer, 1.0)
 
@@ -130,9 +132,9 @@ def compare_known(rank, kind, layout, stage):
     return wrong
 
 
-def train_on(rank, kind, layout, stage, until, asynchronous=True, **options):
+def train_on(rank, kind, layout, stage, until, asynchronous=True, optimizer="adamw", **options):
     """Resumes what there is, trains, with a checkpoint behind every step; the losses."""
-    state = State(kind, layout)
+    state = State(kind, layout, optimizer)
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # another layout
@@ -145,6 +147,22 @@ def train_on(rank, kind, layout, stage, until, asynchronous=True, **options):
             state.save(saver, state.done == until)
         saver.wait()
     return losses
+
+
+def starts_from(rank, layout, init):
+    """What --init gives this process: (names of parts that are not the model's, or the error; warnings)."""
+    mesh = Mesh(Layout(**layout).resolve(dist.get_world_size()))
+    run = StageRun("pretrain", "x", config("maverick"), None, None, TrainConfig(compute_dtype="float32"))
+    weights = awake(config("maverick"), torch.float32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model, _ = start_model(run, None, init, Path("nowhere"), mesh)
+        except PunaError as error:
+            return str(error), []
+    wrong = [name for name, p in model.named_parameters()
+             if not torch.equal(local(p.detach()), model.parts[name].cut(weights[name]))]  # fmt: skip
+    return wrong, [str(w.message) for w in caught]
 
 
 def resumes(rank, kind, layout, stage):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_helpers import compare_known, fails, resumes, train_on, write_known
+from checkpoint_helpers import compare_known, fails, resumes, starts_from, train_on, write_known
 from damage import flip_byte, reseal, tensor_place
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,9 +129,11 @@ def test_going_on_with_four_two_and_three_processes_follows_the_curve_of_one(poo
 def test_a_checkpoint_written_beside_training_changes_no_bit(pool, tmp_path):
     for asynchronous, until in ((True, (2, 4)), (False, (4,))):
         for steps in until:  # the one is interrupted
-            pool.run(train_on, 2, "scout", dict(ep=2), tmp_path / str(asynchronous), steps, asynchronous)
+            pool.run(train_on, 2, "scout", dict(ep=2), tmp_path / str(asynchronous), steps, asynchronous, "muon")
     files = [(tmp_path / str(a) / "step-00000004" / file).read_bytes() for file in FILES for a in (True, False)]
     assert files[0] == files[1] and files[2] == files[3]
+    kinds = {name.partition("/")[0] for name in load_file(tmp_path / "True" / "step-00000004" / FILES[1])}
+    assert {"momentum_buffer", "exp_avg", "balance"} <= kinds
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,23 @@ def test_a_flipped_bit_is_found_by_one_process_and_known_to_all(pool, four, tmp_
         assert raised.startswith("CorruptCheckpoint") and f"{file}: tensor {name} does not match its hash" in raised
         assert step == 0 and len(warned) == (2 if rank == 0 else 0)
         assert rank or f"tensor {name}" in warned[0] and "another layout" in warned[1]
+
+
+@pytest.mark.parametrize("layout", [dict(tp=2, ep=2), dict(dp_replicate=2), dict(pp=2)], ids=str)
+def test_a_stage_starts_from_a_checkpoint_part_by_part(pool, one, layout):
+    assert pool.run(starts_from, 4, layout, one / "maverick" / "step-00000000") == [([], [])] * 4
+
+
+def test_a_damaged_start_is_known_to_all(pool, one, tmp_path):
+    """One process verifies the tensor; of a stage all then take the checkpoint before."""
+    for step in ("step-00000000", "step-00000001"):
+        shutil.copytree(one / "maverick" / "step-00000000", tmp_path / step)
+    path, name = tmp_path / "step-00000001" / FILES[0], "layers.3.moe.experts.w2"
+    flip_byte(path, tensor_place(path, name) + 2, 1)
+    for said, _ in pool.run(starts_from, 4, {}, tmp_path / "step-00000001"):
+        assert f"tensor {name} does not match its hash" in said
+    for wrong, warned in pool.run(starts_from, 4, {}, tmp_path):
+        assert wrong == [] and f"tensor {name}" in warned[0] and "trying the checkpoint before" in warned[0]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

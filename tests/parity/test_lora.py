@@ -91,18 +91,18 @@ def test_resumed_is_bitwise_the_same(trained, monkeypatch):
     class Killed(Exception):
         pass
 
-    original = loop.checkpoint.save
+    original = loop.checkpoint.Saver.save
 
-    def save_and_die(stage, step, *rest):
-        original(stage, step, *rest)
+    def save_and_die(saver, step, *rest):
+        original(saver, step, *rest)
         if step == 4:
             raise Killed
 
-    monkeypatch.setattr(loop.checkpoint, "save", save_and_die)
+    monkeypatch.setattr(loop.checkpoint.Saver, "save", save_and_die)
     words = ("--train.checkpoint_every", "2")
     with pytest.raises(Killed):
         train(monkeypatch, folder, "again", *words)
-    monkeypatch.setattr(loop.checkpoint, "save", original)
+    monkeypatch.setattr(loop.checkpoint.Saver, "save", original)
     assert train(monkeypatch, folder, "again", *words) == 0
     one, two = (load_file(next((folder / "runs" / n / "sft").glob("step-*6")) / file)
                 for n in ("lora", "again") for file in ("adapter.safetensors",))  # fmt: skip

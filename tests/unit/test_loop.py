@@ -200,6 +200,15 @@ def test_a_finished_run_returns_at_once(tmp_path):
     assert checkpoint.steps(tmp_path) == [tmp_path / "step-00000008"]
 
 
+def test_checkpoints_beside_training_end_in_the_same_weights(tmp_path):
+    whole = values(train(job(tmp_path / "whole")))
+    with pytest.raises(Crash):
+        train(job(tmp_path / "run", source=until(5, crash), checkpoint_async=True))
+    assert not changed(whole, values(train(job(tmp_path / "run", checkpoint_async=True))))
+    assert [p.name for p in checkpoint.steps(tmp_path / "run")] == ["step-00000008"]
+    assert not list((tmp_path / "run").glob(".step-*"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [3, 7])  # in the middle, and in the last step
 def test_a_signal_finishes_the_step_and_saves(tmp_path, number, step):

@@ -86,8 +86,8 @@ class Llama4(nn.Module):
             self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.vision = VisionTower(config.vision, config.d_model) if config.vision else None
         self.share: Share | None = None  # of every row's tokens, where several processes share its work
-        self.parts: dict[str, Any] = {}  # what of each parameter this process has, where several share them
         self.pipeline = None  # where processes have different blocks (parallel/pipeline.py)
+        self.parts: dict[str, Any] = {}  # what of each parameter this process has, where several share them
         self.recompute = 0  # every n-th block's activations are computed again in the backward; 0: none
         self._freqs: Tensor | None = None
         if self.norm.weight.device.type != "meta":

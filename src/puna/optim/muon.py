@@ -21,8 +21,8 @@ stored, and made orthogonal together, the part with the larger gradients would t
 where it is: its old momentum, however small, would be blown up to a whole step.
 
 **Sharded** (FSDP2; parameters, gradients and moments are DTensors). Experts sharded by expert are whole where they are.
-Other matrices are gathered, made orthogonal by one rank each in turn, and scattered back: the work is shared, and
-replicas stay bitwise equal, since they all get what one rank computed.
+Other matrices are gathered, made orthogonal by one rank each in turn, and scattered back, so that the work is shared.
+Tensor parallelism cuts matrices before that, and is refused.
 """
 
 from __future__ import annotations
@@ -113,25 +113,26 @@ class Muon(torch.optim.AdamW):
 
     def _direction(self, update: Tensor, parameter: Tensor, cut, turn: int) -> Tensor:
         """`direction` of a parameter's update, of which this rank holds a part."""
-        experts, placements = parameter.dim() == 3, getattr(parameter, "placements", None)
-        if placements is None or experts and all(p.is_replicate() or p.is_shard(0) for p in placements):
+        experts, placements = parameter.dim() == 3, getattr(parameter, "placements", ())
+        if all(p.is_replicate() or experts and p.is_shard(0) for p in placements):
             if experts:
                 update = update * (_local(parameter.grad).abs().amax(dim=(1, 2), keepdim=True) > 0)
             return direction(update, cut, self.dtype).to(update.dtype)
-        from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor  # half of torch's import time
+        from torch.distributed.tensor import DTensor, Shard, distribute_tensor  # half of torch's import time
 
-        if not all(type(p) in (Shard, Replicate) for p in placements):
-            raise PunaError(f"train.optimizer muon can't move a matrix placed as {placements}: take adamw, or shard a "
-                            "matrix by FSDP or by tensor parallelism alone")  # fmt: skip
-        mesh = parameter.device_mesh
-        if experts:  # within experts: who has a gradient is known to all ranks together
-            update = update * (parameter.grad.abs().amax(dim=(1, 2), keepdim=True).full_tensor() > 0)
-        part = DTensor.from_local(update.to(self.dtype), mesh, placements, run_check=False, shape=parameter.shape,
-                                  stride=parameter.stride())  # fmt: skip
-        whole, owner = part.full_tensor(), turn % min(mesh.shape)
-        if all(place == owner for place in mesh.get_coordinate()):
+        mesh, over = parameter.device_mesh, [i for i, p in enumerate(placements) if not p.is_replicate()]
+        if len(over) > 1 or type(placements[over[0]]) is not Shard:
+            raise PunaError(f"train.optimizer muon can't move a matrix placed as {placements}: use adamw")
+        mesh = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[over[0]]]
+        about = dict(device_mesh=mesh, placements=[placements[over[0]]], run_check=False)
+        if experts:  # cut within: whether an expert has a gradient, all ranks know together
+            largest = DTensor.from_local(_local(parameter.grad), **about).abs().amax(dim=(1, 2), keepdim=True)
+            update = update * (largest.full_tensor() > 0)
+        part = DTensor.from_local(update.to(self.dtype), shape=parameter.shape, stride=parameter.stride(), **about)
+        whole, owner = part.full_tensor(), turn % mesh.size()
+        if mesh.get_local_rank() == owner:
             whole = direction(whole, cut, self.dtype)
-        return distribute_tensor(whole, mesh, placements, src_data_rank=owner).to_local().to(update.dtype)
+        return distribute_tensor(whole, mesh, about["placements"], src_data_rank=owner).to_local().to(update.dtype)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -149,8 +150,11 @@ def build_muon(model: nn.Module, lr: float, weight_decay: float, betas: tuple[fl
             continue
         group = group_of(name, parameter)
         hidden = group in ("matrix", "vision") and "patch_embedding" not in name
+        part = getattr(model, "parts", {}).get(name)  # of a parallel model: what this process has of the whole
+        if hidden and part is not None and part.shape[-2:] != tuple(parameter.shape[-2:]):
+            raise PunaError("train.optimizer muon needs whole matrices, parallel.tp cuts them: use adamw")
         cut = cut_of(name, parameter.shape, model.config) if hidden else None
-        entry = groups.setdefault((group, hidden, cut), {
+        entry = groups.setdefault((group, hidden, cut, getattr(parameter, "device_mesh", None)), {
             "params": [], "name": group, "peak": lr * (multipliers or {}).get(group, 1.0),
             "weight_decay": weight_decay if group in DECAYING else 0.0,
         } | ({"cut": cut} if hidden else {}))  # fmt: skip

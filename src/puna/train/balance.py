@@ -10,7 +10,7 @@ the tokens that went to expert e, E experts, and `train.balance` as the strength
     expert_choice  every expert takes the s T / E tokens with the largest r_e; a token may be taken by none (the shared
                    expert carries it) or by several (arXiv 2202.09368)
 
-**Auxiliary.** f is the *last* step's, over all its tokens and ranks (even before the first): P is then all that a step
+**Auxiliary.** f is the *last* step's, over all its tokens and ranks (the first has none): P is then all that a step
 has to sum, and neither micro-batches nor ranks change the gradient, which a product of each micro-batch's own f and P
 would not survive. A micro-batch without a valid token has no backward pass, and so no part in it.
 
@@ -111,7 +111,7 @@ class Auxiliary(Balancer):
 
     def __init__(self, model: nn.Module, strength: float | None = None):
         super().__init__(model, strength)
-        self.shares = [torch.full((m.n_experts,), 1 / m.n_experts, device=self.device) for m in self.layers]
+        self.shares = [torch.zeros(m.n_experts, device=self.device) for m in self.layers]
         self.values: list[float] = []
 
     def apply(self, scale: float, positions: int = 0) -> None:
@@ -242,7 +242,11 @@ class Routes:
 
     def gather(self, mesh: Mesh) -> None:
         """Sums over all processes, in one message."""
-        each = [*self.counts, self.flips, *(value for seen in self.seen for value in seen.values())]
+        device = self.flips.device  # a pipeline's stage notes nothing of the others' layers
+        noted = [(i, name, tuple(value.shape)) for i, seen in enumerate(self.seen) for name, value in seen.items()]
+        for i, name, shape in mesh.union(noted):
+            self.seen[i].setdefault(name, torch.zeros(shape, dtype=torch.float64, device=device))
+        each = [*self.counts, self.flips, *(seen[name] for seen in self.seen for name in sorted(seen))]
         flat = mesh.sum(torch.cat([value.flatten().double() for value in each]))
         for value, part in zip(each, flat.split([value.numel() for value in each]), strict=True):
             value.copy_(part.view_as(value))

@@ -210,6 +210,7 @@ class Saver:
         target, work = self.stage / f"step-{step:08d}", None
         with agreed(self.mesh):
             held = _held(model, optimizer, balancer, self.asynchronous)
+        with agreed(self.mesh):
             if self.index == 0:
                 try:
                     self.stage.mkdir(parents=True, exist_ok=True)

@@ -173,8 +173,7 @@ def _steps(job: Job, optimizer, balancer, saver, done: int, metrics, display, re
         head = wsd(step, config.steps, config.warmup_head or config.warmup, config.decay, config.floor)
         set_lr(optimizer, multiplier, head)
         batch = job.source(step)
-        positions = batch.tokens_BT.numel() * (mesh.layout.rows if mesh else 1)
-        balancer.apply(anneal(step, config.steps), positions)
+        balancer.apply(anneal(step, config.steps), batch.tokens_BT.numel() * (mesh.layout.rows if mesh else 1))
         waited = time.perf_counter() - begin
         result = train_step(model, optimizer, batch.split(config.accumulate), job.term, config.clip, config.slice, mesh)
         if not result.skipped:
