@@ -53,9 +53,7 @@ class Mesh:
         """What any stage of a pipeline has, sorted; the values as they are where all processes have all blocks."""
         if self.layout.pp == 1:
             return values
-        found: list = [None] * self.layout.world
-        dist.all_gather_object(found, values)
-        return sorted({value for each in found for value in each})
+        return sorted({value for each in self.exchange(values) for value in each})
 
     def gather(self, value: Any) -> list | None:
         """Every process's value, in their order, on the main one; None elsewhere."""
