@@ -91,7 +91,7 @@ def test_a_writer_that_fails_leaves_what_was_there(stage, monkeypatch, error):
     state.resume(folder)
     state.step()
     before = sorted(p.name for p in folder.iterdir())
-    monkeypatch.setattr(checkpoint, "write_model", fails)
+    monkeypatch.setattr(checkpoint, "plan_safetensors", fails)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else PunaError) as caught:
         state.save(folder)
     if caught.type is PunaError:

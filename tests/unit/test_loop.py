@@ -228,7 +228,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    run = job(tmp_path, source=until(3, lambda: monkeypatch.setattr(checkpoint, "write_model", full)))
+    run = job(tmp_path, source=until(3, lambda: monkeypatch.setattr(checkpoint, "plan_safetensors", full)))
     with pytest.raises(PunaError, match="step-00000004.*No space left.*run again"):
         train(run)
     monkeypatch.undo()

@@ -6,7 +6,7 @@ chunks and global NoPE layers), `moe` (top-1 sigmoid-on-input routing), `vision`
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
@@ -87,6 +87,7 @@ class Llama4(nn.Module):
         self.vision = VisionTower(config.vision, config.d_model) if config.vision else None
         self.share: Share | None = None  # of every row's tokens, where several processes share its work
         self.pipeline = None  # where processes have different blocks (parallel/pipeline.py)
+        self.parts: dict[str, Any] = {}  # what of each parameter this process has, where several share them
         self.recompute = 0  # every n-th block's activations are computed again in the backward; 0: none
         self._freqs: Tensor | None = None
         if self.norm.weight.device.type != "meta":

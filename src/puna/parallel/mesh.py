@@ -49,10 +49,24 @@ class Mesh:
         self.at = at | {"ep": dist.get_rank(self.ep), "row": dist.get_rank(self.row)}
         self.rows_index = at["dp_replicate"] * n.dp_shard + at["dp_shard"]
 
+    def union(self, values: list) -> list:
+        """What any stage of a pipeline has, sorted; the values as they are where all processes have all blocks."""
+        if self.layout.pp == 1:
+            return values
+        found: list = [None] * self.layout.world
+        dist.all_gather_object(found, values)
+        return sorted({value for each in found for value in each})
+
     def gather(self, value: Any) -> list | None:
         """Every process's value, in their order, on the main one; None elsewhere."""
         found = [None] * self.layout.world if self.is_main else None
         dist.gather_object(value, found)
+        return found
+
+    def exchange(self, value: Any) -> list:
+        """Every process's value, in their order, on each."""
+        found = [None] * self.layout.world
+        dist.all_gather_object(found, value)
         return found
 
     def any(self, flag: bool) -> bool:
@@ -81,11 +95,7 @@ class Mesh:
 
     def sum_named(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """The sums over all processes; one that lacks a name adds nothing (only a pipeline's last stage has them)."""
-        names = list(values)
-        if self.layout.pp > 1:
-            found: list = [None] * self.layout.world
-            dist.all_gather_object(found, names)
-            names = max(found, key=len)
+        names = self.union(list(values))
         zero = torch.zeros(())
         summed = self.sum(torch.stack([torch.as_tensor(values.get(name, zero)).double().cpu() for name in names]))
         return dict(zip(names, summed, strict=True))

@@ -242,7 +242,11 @@ class Routes:
 
     def gather(self, mesh: Mesh) -> None:
         """Sums over all processes, in one message."""
-        each = [*self.counts, self.flips, *(value for seen in self.seen for value in seen.values())]
+        device = self.flips.device  # a pipeline's stage notes nothing of the others' layers
+        noted = [(i, name, tuple(value.shape)) for i, seen in enumerate(self.seen) for name, value in seen.items()]
+        for i, name, shape in mesh.union(noted):
+            self.seen[i].setdefault(name, torch.zeros(shape, dtype=torch.float64, device=device))
+        each = [*self.counts, self.flips, *(seen[name] for seen in self.seen for name in sorted(seen))]
         flat = mesh.sum(torch.cat([value.flatten().double() for value in each]))
         for value, part in zip(each, flat.split([value.numel() for value in each]), strict=True):
             value.copy_(part.view_as(value))

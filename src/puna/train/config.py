@@ -46,6 +46,7 @@ class TrainConfig:
     checkpoint_every: int = 200
     keep: int = 2  # newest checkpoints kept of an unfinished stage; of a finished one, the last
     keep_every: int = 0  # and every n-th checkpoint for good, finished or not; 0: none
+    checkpoint_async: bool | None = None  # written beside training; None: where several processes train
     eval_every: int = 100
 
     def __post_init__(self):

@@ -140,8 +140,8 @@ def train(job: Job) -> Llama4:
     metrics = MetricsFile(job.folder / "metrics.jsonl", done, followers) if main else NoMetrics()
     display = Display(job.name, config.steps, done, job.quiet or not main)
     try:
-        with _signals() as received:
-            _steps(job, optimizer, balancer, done, metrics, display, received)
+        with _signals() as received, _saver(job) as saver:
+            _steps(job, optimizer, balancer, saver, done, metrics, display, received)
     finally:
         metrics.close()
         display.close()
@@ -155,7 +155,15 @@ def _finish(model: Llama4, balancer: Balancer) -> Llama4:
     return model.eval()
 
 
-def _steps(job: Job, optimizer, balancer, done: int, metrics, display, received: list[int]) -> None:
+def _saver(job: Job) -> checkpoint.Saver:
+    """Asynchronous where several processes train, unless the configuration says otherwise."""
+    config, several = job.train, job.mesh is not None
+    asynchronous = several if config.checkpoint_async is None else config.checkpoint_async
+    every = config.keep_every * config.checkpoint_every
+    return checkpoint.Saver(job.folder, job.mesh, asynchronous, config.keep, every)
+
+
+def _steps(job: Job, optimizer, balancer, saver, done: int, metrics, display, received: list[int]) -> None:
     config, model, mesh = job.train, job.model, job.mesh
     skips, start = 0, time.perf_counter()
     for step in range(done, config.steps):
@@ -192,11 +200,9 @@ def _steps(job: Job, optimizer, balancer, done: int, metrics, display, received:
         last, stop = step + 1 == config.steps, bool(received) if mesh is None else mesh.any(bool(received))
         _evaluate(job, balancer, step + 1, last, metrics, display)
         if last or stop or (step + 1) % config.checkpoint_every == 0:
-            checkpoint.save(
-                job.folder, step + 1, last, job.record, model, job.processor, optimizer, balancer, mesh
-            )  # fmt: skip
-            every = config.keep_every * config.checkpoint_every
-            checkpoint.prune(job.folder, 1 if last else config.keep, step + 1, every)
+            saver.save(step + 1, last, job.record, model, job.processor, optimizer, balancer)
+        if last or stop:
+            saver.wait()
         if stop:  # after the last step too: what comes behind this stage must not begin
             raise Stopped(received[0] if received else signal.SIGTERM, step)
 
