@@ -16,7 +16,8 @@ from puna.parallel.apply import build_model
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Mesh
 from puna.train import checkpoint
-from puna.train.step import Balancer, local, train_step
+from puna.train.balance import Bias
+from puna.train.step import local, train_step
 from puna.train.terms import NextToken
 
 ROWS = 12
@@ -43,7 +44,7 @@ class State:
         else:
             self.model = build_model(self.config, self.mesh, lambda name, part: part.cut(weights[name]))
         self.optimizer = build_adamw(self.model, 1e-2, 0.1, (0.9, 0.99), 1e-8)
-        self.balancer, self.done = Balancer(self.model, 0.01), 0
+        self.balancer, self.done = Bias(self.model, 0.01), 0
         set_lr(self.optimizer, 1.0)
 
     @property
