@@ -41,10 +41,12 @@ from puna.data import Batch
 from puna.eval.record import commit, device, plain, versions
 from puna.model import Llama4, ModelConfig
 from puna.optim.adamw import build_adamw
+from puna.plan.flops import flops_per_token
 from puna.processor.files import write_atomic
 from puna.train import TrainConfig, memory
+from puna.train.balance import Bias
 from puna.train.loop import compute_dtype
-from puna.train.step import Balancer, train_step
+from puna.train.step import train_step
 from puna.train.terms import NextToken
 
 ROWS, LENGTH = 8, 512  # of a step against the peer
@@ -97,7 +99,7 @@ class Ours:
         self.model = Llama4(config).train()
         self.model.compute_dtype = compute_dtype(s.compute_dtype, torch.device("cpu"))
         self.optimizer = build_adamw(self.model, s.lr, s.weight_decay, (s.beta1, s.beta2), s.eps, s.multipliers)
-        self.balancer = Balancer(self.model, s.balance)
+        self.balancer = Bias(self.model, s.balance)
         self.batches = [batch_of(tokens(rows, length, seed)) for seed in range(3)]
 
     def step(self, number: int) -> None:
