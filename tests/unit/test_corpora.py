@@ -173,6 +173,16 @@ def test_languages_are_told_apart(tmp_path):
     assert right >= 11
 
 
+def test_few_characters_tell_the_language_in_capitals_too_and_doubt_asks_for_more():
+    texts = [(lang, each) for lang in nursery.LANGUAGES for each in nursery.texts(lang, "val")]
+    for written in (str, str.upper):
+        right = sum(clean.language(written(each))[0] == lang for lang, each in texts)
+        assert right >= len(texts) - 1, f"{right} of {len(texts)}"
+    german = next(each for lang, each in texts if lang == "de")[:400]
+    assert clean.language("0123 4567 89. " * 5)[0] != "de"
+    assert clean.language("0123 4567 89. " * 5 + german)[0] == "de", "the first 64 characters are no language"
+
+
 def test_text_is_cleaned(tmp_path):
     raw = "\ufeffCafe\u0301 \x00x\x07\r\nline two\rline \ufffcthree" + " more words" * 9
     made = built(tmp_path, jsonl(tmp_path / "a.jsonl", [{"text": raw}]))

@@ -122,7 +122,9 @@ def build_parser() -> Parser:
     p = command("generate", "talk:generate", "answer one prompt")
     _model(p)
     p.add_argument("prompt", metavar="PROMPT", help="what to say to the model; - reads standard input")
-    p.add_argument("--image", action="append", default=[], metavar="PATH", help="show a picture (repeatable)")
+    for kind, text in (("image", "a picture"), ("video", "frames of a video (pip install 'puna[video]')")):
+        p.add_argument(f"--{kind}", action="append", default=[], metavar="PATH", dest="shown",
+                       type=lambda path, kind=kind: (kind, path), help=f"show {text}; repeatable")  # fmt: skip
     _sampling(p)
     p = command("chat", "talk:chat", "talk to a model in the terminal")
     _model(p)
@@ -251,6 +253,7 @@ def _model(p: Parser) -> None:
 
 
 def _sampling(p: Parser) -> None:
+    p.add_argument("--frames", type=count, default=8, metavar="N", help="of a video, evenly spaced (default 8)")
     p.add_argument("--max-tokens", type=int, default=256, metavar="N", help="default 256")
     p.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: always the likeliest token")
     p.add_argument("--top-p", type=float, default=1.0, metavar="X")

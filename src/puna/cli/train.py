@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 from puna.cli import show
@@ -14,8 +15,11 @@ from puna.fields import build, to_dict
 def raise_(args) -> None:
     """Raises a model, or goes on with it, and shows its report."""
     from puna import life
+    from puna.parallel.layout import world_size
     from puna.train import trackers
 
+    if world_size() > 1:
+        raise PunaError("puna raise runs on one process: under torchrun, train its stages one by one")
     run = run_config(args)
     folder = run_folder(run.name)
     trackers.check(tuple(args.track))
@@ -29,38 +33,58 @@ def raise_(args) -> None:
 
 
 def stage(args) -> None:
-    """Trains one stage in runs/NAME/<stage>, or goes on with it; a finished one is only shown."""
-    from puna import nursery
-    from puna.lock import lock
-    from puna.stages import RUN
-    from puna.stages.common import fit_model, is_finished
+    """Trains one stage in runs/NAME/<stage>, or goes on with it; a finished one is only shown. Started by torchrun,
+    each process does its part, and the main one speaks."""
+    from puna.parallel.layout import Layout, world_size
     from puna.train import trackers
 
     name = args.command
     run, init = stage_config(args, name)
     trackers.check(tuple(args.track))
     folder = run_folder(run.name)
-    with lock(folder):
-        if args.fresh:
-            shutil.rmtree(folder / name, ignore_errors=True)
-            (folder / f"{name}.json").unlink(missing_ok=True)
-        source = Path(init) if init else _before(folder, name, run.after)
-        model, processor = _start(source) if source else (None, None)
-        if init:
-            if any(path.startswith("model.") for path, _ in args.overrides):
-                raise PunaError(f"with --init the model is that of {init}: leave --model settings out")
-            run = run.with_model(model)
-        _claim(folder, run, name, init)
-        if not is_finished(folder, name):
-            if processor is None:
-                from puna.stages import make_processor
+    if world_size() > 1:
+        from puna.parallel.mesh import processes
 
+        with processes(run.parallel) as mesh:
+            _train(args, name, run, init, folder, mesh)
+            main = mesh.is_main
+    else:
+        if run.parallel.resolve(1) != Layout(dp_shard=1):
+            raise PunaError("parallel: there is one process: start several with torchrun, or leave it out")
+        _train(args, name, run, init, folder, None)
+        main = True
+    if main:
+        show.stage(folder / name)
+
+
+def _train(args, name: str, run, init: str | None, folder: Path, mesh) -> None:
+    from puna import nursery
+    from puna.lock import lock
+    from puna.stages import RUN, make_processor
+    from puna.stages.common import fit_model, is_finished
+
+    main = mesh is None or mesh.is_main
+    with lock(folder) if main else nullcontext():
+        with mesh.main_first() if mesh else nullcontext():
+            if args.fresh and main:
+                shutil.rmtree(folder / name, ignore_errors=True)
+                (folder / f"{name}.json").unlink(missing_ok=True)
+            source = Path(init) if init else _before(folder, name, run.after)
+            model, processor = _start(source) if source else (None, None)
+            if init:
+                if any(path.startswith("model.") for path, _ in args.overrides):
+                    raise PunaError(f"with --init the model is that of {init}: leave --model settings out")
+                run = run.with_model(model)
+            if main:
+                _claim(folder, run, name, init)
+            if is_finished(folder, name):
+                return
+            if processor is None:
                 processor = make_processor(run.tokenizer, run.model.vision, folder / "tokenizer", run.seed)
             nursery.verify()
-            validation = {lang: nursery.texts(lang, "val")[:1] for lang in nursery.LANGUAGES}
-            RUN[name](run.with_model(model or fit_model(run.model, processor)), folder, processor, init,
-                      validation=validation, track=tuple(args.track))  # fmt: skip
-    show.stage(folder / name)
+        validation = {lang: nursery.texts(lang, "val")[:1] for lang in nursery.LANGUAGES}
+        RUN[name](run.with_model(model or fit_model(run.model, processor)), folder, processor, init,
+                  validation=validation, track=tuple(args.track), mesh=mesh)  # fmt: skip
 
 
 def _before(folder: Path, name: str, after: str | None) -> Path | None:
@@ -98,9 +122,12 @@ def _claim(folder: Path, run, name: str, init: str | None) -> None:
     from puna.convert.tensors import read_json
     from puna.stages import RunConfig
 
-    asked = {"run": to_dict(run), "init": init}
+    def settings(run) -> dict:  # how many processes there are may change on the way
+        return {key: value for key, value in to_dict(run).items() if key != "parallel"}
+
+    asked = {"run": settings(run), "init": init}
     whole = folder / "config.json"
     if whole.is_file():
         raised = build(RunConfig, read_json(whole)["run"]).stage(name)
-        must_equal({"run": to_dict(raised), "init": None}, asked, whole)
+        must_equal({"run": settings(raised), "init": None}, asked, whole)
     claim(folder / f"{name}.json", asked)

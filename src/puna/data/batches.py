@@ -109,7 +109,8 @@ class Batches:
     sources: name -> PackedRows, all of one T. mixture: says which rows a step reads. processor: has `.tiles(pictures)`
     (None is fine where there are no pictures). batch_rows: B. prefetch: how many steps to prepare ahead (0: no
     thread). steps: nothing is prepared from this step on. vary: give augmented pictures a new look each time they are
-    read. PunaError: fewer rows than a batch.
+    read. part: (index, of): only the index-th of so many equal runs of a step's rows, where processes share them.
+    PunaError: fewer rows than a batch.
     """
 
     def __init__(
@@ -123,9 +124,12 @@ class Batches:
         steps: int | None = None,
         vary: bool = True,
         seed: int = 0,
+        part: tuple[int, int] = (0, 1),
     ):
         if batch_rows < 1 or prefetch < 0:
             raise ValueError(f"batch_rows is at least 1 and prefetch at least 0, not {batch_rows} and {prefetch}")
+        if batch_rows % part[1]:
+            raise ValueError(f"{batch_rows} rows can't be shared by {part[1]} processes")
         for name in mixture.names:
             if name not in sources or len(sources[name]) != mixture.sizes[name]:
                 raise ValueError(f"the mixture was made for other data: source {name!r} is missing or has other rows")
@@ -134,7 +138,7 @@ class Batches:
             raise ValueError(f"sources are packed to different lengths: {lengths}")
         mixture.check_batch(batch_rows)
         self.sources, self.mixture, self.processor, self.batch_rows = sources, mixture, processor, batch_rows
-        self.prefetch, self.steps, self.vary, self.seed = prefetch, steps, vary, seed
+        self.prefetch, self.steps, self.vary, self.seed, self.part = prefetch, steps, vary, seed, part
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: dict[int, Future] = {}
         self._lock = threading.Lock()
@@ -155,7 +159,9 @@ class Batches:
 
     def build(self, step: int) -> Batch:
         """The batch of `step`, built now in this thread."""
-        rows = range(step * self.batch_rows, (step + 1) * self.batch_rows)
+        index, of = self.part
+        size = self.batch_rows // of
+        rows = range(step * self.batch_rows + index * size, step * self.batch_rows + (index + 1) * size)
         places = [self.mixture.locate(i) for i in rows]
         stacked = [
             np.stack([getattr(self.sources[name], what)[row] for name, row in places])

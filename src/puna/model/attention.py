@@ -15,6 +15,7 @@ its queries may see. The model does not know how they are stored (`engine/cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -46,13 +47,15 @@ class Layout:
     """Positions, rotations and masks of one batch, shared by all layers.
 
     `local_mask` is [B * n, 1, C, C] over folded chunks, or [B, 1, T, T] when `fold` is None; None: plain causal.
+    `keys` brings the keys and values that global layers see where a row's tokens are spread over several processes.
     """
 
     rotation: Tensor  # complex [B, T, 1, d/2]
     temperature: Tensor | None  # fp32 [B, T, 1, 1]
     fold: int | None = None  # chunk length the rows are folded by
     local_mask: Tensor | None = None
-    global_mask: Tensor | None = None
+    global_mask: Tensor | None = None  # [B, 1, T, S]
+    keys: Callable[[Tensor], Tensor] | None = None  # [B, T, K, d] -> [B, S, K, d]
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,6 +136,8 @@ class Attention(nn.Module):
         if cache is not None:
             out_BTHd = self._cached(q, k, v, cache)
         elif self.nope:
+            if layout.keys is not None:
+                k, v = layout.keys(k), layout.keys(v)
             out_BTHd = attend(q, k, v, layout.global_mask)
         else:
             out_BTHd = self._local(q, k, v, layout)
@@ -168,7 +173,7 @@ EXPLICIT_UP_TO = 512  # keys; see `attend`
 def attend(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
     """Attention with grouped heads and 1/sqrt(d): masked, or causal, or over everything; [B, T, H, d].
 
-    mask: additive, [B, 1, T, T]; it says everything, `causal` counts only without one.
+    mask: additive, [B, 1, T, S] for S keys; it says everything, `causal` counts only without one (S == T).
     torch's fused kernel everywhere, but for bfloat16 over short rows on a CPU: there its backward runs far below the
     matrix units' speed, and two batched products around a softmax are 2-4 x faster (docs/LOG.md).
     """
@@ -194,7 +199,8 @@ def _explicit(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, mask: Tensor | Non
     q = (q_BTHd * d**-0.5).view(B, T, K, H // K, d).permute(0, 2, 3, 1, 4).reshape(B, K, -1, d)
     k, v = k_BTKd.transpose(1, 2), v_BTKd.transpose(1, 2)
     scores = torch.matmul(q, k.transpose(-1, -2))
+    S = k.shape[2]
     if mask is not None:
-        scores = scores.view(B, K, H // K, T, T) + mask[:, :, None]
-    weights = torch.softmax(scores, dim=-1).view(B, K, -1, T)
+        scores = scores.view(B, K, H // K, T, S) + mask[:, :, None]
+    weights = torch.softmax(scores, dim=-1).view(B, K, -1, S)
     return torch.matmul(weights, v).view(B, K, H // K, T, d).permute(0, 3, 1, 2, 4).reshape(B, T, H, d)

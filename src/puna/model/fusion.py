@@ -22,7 +22,7 @@ def fuse(x_BTD: Tensor, tokens_BT: Tensor, features: Tensor | None, patch_token:
     place = (tokens_BT.flatten() == patch_token).nonzero().squeeze(-1)
     if place.numel() != found:
         raise ValueError(f"{place.numel()} <|patch|> tokens, but {found} image features: pictures and tokens differ")
-    if not found:
-        return x_BTD
+    if not found:  # features of no token still belong to the graph: every process's tower takes part in the backward
+        return x_BTD if features is None else x_BTD + features.sum().to(x_BTD.dtype)
     flat = features.reshape(found, -1).to(x_BTD.dtype)
     return x_BTD.flatten(0, 1).index_copy(0, place, flat).view_as(x_BTD)

@@ -58,11 +58,31 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
     std = std_of(name, shape, config)
     if std is None:
         return torch.zeros(shape) if name.endswith(".bias") or name == "output.weight" else torch.ones(shape)
-    value = torch.empty(shape)
-    parts = [(value, None)] if ".experts." not in name else [(value[e], e) for e in range(shape[0])]
-    for part, expert in parts:
-        torch.nn.init.trunc_normal_(part, 0.0, std, -3 * std, 3 * std, generator=generator(seed, name, expert))
+    if ".experts." in name:
+        return torch.stack([_draw(shape[1:], std, seed, name, e) for e in range(shape[0])])
+    return _draw(shape, std, seed, name, None)
+
+
+def initial_part(name: str, shape: tuple[int, ...], runs, config: ModelConfig, seed: int) -> Tensor:
+    """The part of `initial_value` that lies in `runs` of each dimension ([start, stop) pairs, one after the other); of
+    experts no others are drawn."""
+    std = std_of(name, shape, config)
+    if ".experts." in name and std is not None:
+        experts = [e for start, stop in runs[0] for e in range(start, stop)]
+        drawn = [_runs(_draw(shape[1:], std, seed, name, e), runs[1:]) for e in experts]
+        return torch.stack(drawn) if drawn else torch.empty(0, *(sum(b - a for a, b in r) for r in runs[1:]))
+    return _runs(initial_value(name, shape, config, seed), runs)
+
+
+def _runs(value: Tensor, runs) -> Tensor:
+    for dim, pairs in enumerate(runs):
+        value = torch.cat([value.narrow(dim, a, b - a) for a, b in pairs] or [value.narrow(dim, 0, 0)], dim)
     return value
+
+
+def _draw(shape: tuple[int, ...], std: float, seed: int, name: str, expert: int | None) -> Tensor:
+    value = torch.empty(shape)
+    return torch.nn.init.trunc_normal_(value, 0.0, std, -3 * std, 3 * std, generator=generator(seed, name, expert))
 
 
 @torch.no_grad()

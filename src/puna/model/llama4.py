@@ -6,9 +6,12 @@ chunks and global NoPE layers), `moe` (top-1 sigmoid-on-input routing), `vision`
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from puna.errors import PunaError
 from puna.model import ops, rope
@@ -19,6 +22,16 @@ from puna.model.init import initialise
 from puna.model.moe import FeedForward, MoE
 from puna.model.vision import VisionTower
 from puna.model.weights import plain
+
+
+class Share(Protocol):
+    """What the model needs where each process has a part of every row's tokens (`parallel/context.py`)."""
+
+    def features(self, model: Llama4, tiles: Tensor | None) -> Tensor | None:
+        """[n, D]: features of the whole rows' tiles, or None where no process has any."""
+
+    def cut(self, tokens_BT: Tensor, features: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor | None, Layout]:
+        """This process's part of all three."""
 
 
 class RMSNorm(nn.Module):
@@ -72,6 +85,9 @@ class Llama4(nn.Module):
         if not config.tie_embeddings:
             self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.vision = VisionTower(config.vision, config.d_model) if config.vision else None
+        self.share: Share | None = None  # of every row's tokens, where several processes share its work
+        self.pipeline = None  # where processes have different blocks (parallel/pipeline.py)
+        self.recompute = 0  # every n-th block's activations are computed again in the backward; 0: none
         self._freqs: Tensor | None = None
         if self.norm.weight.device.type != "meta":
             initialise(self, seed)
@@ -79,7 +95,7 @@ class Llama4(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype activations have."""
-        return self.compute_dtype or self.tok_embeddings.weight.dtype
+        return self.compute_dtype or next(self.parameters()).dtype
 
     @property
     def head_weight(self) -> Tensor:
@@ -92,31 +108,53 @@ class Llama4(nn.Module):
         return self.head(self.hidden(tokens_BT, tiles, doc_ids_BT, routes, cache, features))
 
     def hidden(self, tokens_BT: Tensor, tiles: Tensor | None = None, doc_ids_BT: Tensor | None = None,
-               routes=None, cache: Cache | None = None, features: Tensor | None = None) -> Tensor:  # fmt: skip
+               routes=None, cache: Cache | None = None, features: Tensor | None = None,
+               x_BTD: Tensor | None = None, layers: range | None = None) -> Tensor:  # fmt: skip
         """The last hidden state after the final norm, [B, T, D].
 
         tokens_BT: int64 ids. tiles: normalised [N, 3, S, S] in reading order, or `features` [n, D] already encoded;
         either fills the `<|patch|>` positions in order. doc_ids_BT: packed documents, -1 for padding; attention never
         crosses documents and positions restart. routes: a [B, T] int64 tensor for each MoE layer (a sequence), -1 for
-        tokens left to the router. cache: decode with keys and values of earlier tokens (no doc_ids then).
+        tokens left to the router. cache: decode with keys and values of earlier tokens (no doc_ids then). layers: only
+        these blocks, from the stream x_BTD on that comes out of those before them, as a pipeline's stages go on; the
+        norm comes behind the last block.
         """
         c = self.config
         if cache is not None and doc_ids_BT is not None:
             raise PunaError("cache and doc_ids_BT cannot be combined: a cache holds one document per sequence")
         if tiles is not None and features is not None:
             raise PunaError("give tiles or features, not both")
-        if tiles is not None and len(tiles):
+        if self.share is not None and x_BTD is None:
+            features = self.share.features(self, tiles)
+        elif tiles is not None and len(tiles):
             features = self.image_features(tiles)
-        x_BTD = nn.functional.embedding(tokens_BT, self.tok_embeddings.weight).to(self.dtype)
-        x_BTD = fuse(x_BTD, tokens_BT, features, c.patch_token)
-        if self._freqs is None or self._freqs.device != x_BTD.device:
-            self._freqs = rope.frequencies(c, x_BTD.device)
-        layout = make_layout(c, tokens_BT, doc_ids_BT, cache, self._freqs, x_BTD.dtype)
+        layout = self.layout(tokens_BT, doc_ids_BT, cache)
+        if self.share is not None:
+            tokens_BT, features, layout = self.share.cut(tokens_BT, features, layout)
+        if x_BTD is None:
+            x_BTD = nn.functional.embedding(tokens_BT, self.tok_embeddings.weight).to(self.dtype)
+            x_BTD = fuse(x_BTD, tokens_BT, features, c.patch_token)
+        layers = range(c.n_layers) if layers is None else layers
+        x_BTD = self.run(x_BTD, layers, layout, cache, routes)
+        return self.norm(x_BTD) if layers.stop == c.n_layers else x_BTD
+
+    def layout(self, tokens_BT: Tensor, doc_ids_BT: Tensor | None = None, cache: Cache | None = None) -> Layout:
+        """Positions and visibility of whole rows."""
+        if self._freqs is None or self._freqs.device != tokens_BT.device:
+            self._freqs = rope.frequencies(self.config, tokens_BT.device)
+        return make_layout(self.config, tokens_BT, doc_ids_BT, cache, self._freqs, self.dtype)
+
+    def run(self, x_BTD: Tensor, layers: range, layout: Layout, cache: Cache | None = None, routes=None) -> Tensor:
+        """[B, T, D] through some of the blocks."""
         route = iter(routes) if routes is not None else None
-        for i, layer in enumerate(self.layers):
-            route_BT = next(route) if route is not None and c.is_moe(i) else None
-            x_BTD = layer(x_BTD, layout, cache, route_BT)
-        return self.norm(x_BTD)
+        for i in layers:
+            layer = self.layers[i]
+            route_BT = next(route) if route is not None and self.config.is_moe(i) else None
+            if self.recompute and self.training and i % self.recompute == 0:
+                x_BTD = checkpoint(layer, x_BTD, layout, cache, route_BT, use_reentrant=False)
+            else:
+                x_BTD = layer(x_BTD, layout, cache, route_BT)
+        return x_BTD
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] to float32 logits [..., V]."""

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 GROUPS = ("matrix", "embedding", "head", "vector", "router", "vision", "adapter")
+DECAYING = ("matrix", "vision", "adapter")
 
 
 def group_of(name: str, parameter: torch.Tensor) -> str:
@@ -38,20 +39,25 @@ def group_of(name: str, parameter: torch.Tensor) -> str:
 
 def build_adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float,
                 multipliers: Mapping[str, float] | None = None) -> torch.optim.AdamW:  # fmt: skip
-    """A fused AdamW over the trainable parameters; each group carries `peak`, which the loop scales by the schedule."""
-    members: dict[str, list] = {g: [] for g in GROUPS}
+    """A fused AdamW over the trainable parameters; each group carries `peak`, which the loop scales by the schedule.
+
+    Parameters that are sharded over different meshes (experts apart from the rest) can't share a fused step, so they
+    are groups of the same name.
+    """
+    members: dict[tuple, list] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members[group_of(name, parameter)].append(parameter)
+            key = (GROUPS.index(group_of(name, parameter)), getattr(parameter, "device_mesh", None))
+            members.setdefault(key, []).append(parameter)
     groups = []
-    for group, parameters in members.items():
+    for number, mesh in sorted(members, key=lambda key: key[0]):
+        group, parameters = GROUPS[number], members[number, mesh]
         if parameters:
-            decays = group in ("matrix", "vision", "adapter")
             groups.append({
                 "params": parameters,
                 "name": group,
                 "peak": lr * (multipliers or {}).get(group, 1.0),
-                "weight_decay": weight_decay if decays else 0.0,
+                "weight_decay": weight_decay if group in DECAYING else 0.0,
             })  # fmt: skip
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 

@@ -14,6 +14,7 @@ from puna.errors import PunaError
 from puna.eval import EvalConfig
 from puna.model import ModelConfig
 from puna.model.lora import LoRAConfig
+from puna.parallel.layout import Layout
 from puna.train import TrainConfig
 
 STAGES = ("vision", "pretrain", "midtrain", "sft")
@@ -83,6 +84,7 @@ class StageRun:
     seed: int = 0
     after: str | None = None  # a stage of this recipe that pre-training starts from
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # rank 0: the whole model is trained
+    parallel: Layout = field(default_factory=Layout)  # of the processes that torchrun starts; may change on resuming
 
     def with_model(self, model: ModelConfig) -> StageRun:
         return dataclasses.replace(self, model=model)

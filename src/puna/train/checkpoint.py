@@ -2,7 +2,7 @@
 
     step-00000200/   model.safetensors, tokenizer.json, processor.json   what `puna.load` reads; of a model with
                      (adapter.safetensors)                                adapters these alone
-                     optimizer.safetensors                                moments, balance bias, random state
+                     optimizer.safetensors                                moments, balance, random state
                      run.json                                             resolved configuration, step, hash per tensor
 
 A checkpoint is written into a hidden folder, flushed to the disk and renamed: a folder with its final name is whole.
@@ -39,7 +39,7 @@ from puna.convert.puna import (
 from puna.errors import PunaError
 from puna.model import Llama4
 from puna.processor.files import sync_folder
-from puna.train.step import Balancer
+from puna.train.balance import Balancer
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 
@@ -61,18 +61,17 @@ def cpu_name() -> str:
 
 
 def training_tensors(model: Llama4, optimizer: torch.optim.Optimizer, balancer: Balancer) -> dict[str, Tensor]:
-    """Optimizer moments by parameter name, the balance bias by layer, torch's random state."""
+    """Optimizer moments by parameter name, the balancer's state, torch's random state."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {"random_state": torch.get_rng_state()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             tensors[f"{key}/{names[id(parameter)]}"] = value.detach().cpu().contiguous()
-    for i, bias in enumerate(balancer.bias):
-        tensors[f"balance/{i}"] = bias.cpu()
-    return tensors
+    return tensors | {name: tensor.cpu() for name, tensor in balancer.tensors().items()}
 
 
-def save(stage: Path, step: int, finished: bool, record: dict, model: Llama4, processor, optimizer, balancer) -> Path:
+def save(stage: Path, step: int, finished: bool, record: dict, model: Llama4, processor, optimizer, balancer,
+         mesh=None) -> Path:  # fmt: skip
     """Writes `stage`/step-XXXXXXXX; `step` steps are done. A full disk is a PunaError and leaves nothing behind."""
     target = stage / f"step-{step:08d}"
     work = None
@@ -161,8 +160,9 @@ def restore(folder: Path, model: Llama4, optimizer: torch.optim.Optimizer, balan
         state = {key.split("/", 1)[0]: value for key, value in training.items() if key.split("/", 1)[1:] == [name]}
         if state:
             optimizer.state[parameter] = state
-    for i, bias in enumerate(balancer.bias):
-        bias.copy_(training[f"balance/{i}"])
+    for name, tensor in balancer.tensors().items():
+        if name in training:  # a run that was balanced in another way begins this one's anew
+            tensor.copy_(training[name])
     torch.set_rng_state(training["random_state"])
     here = environment()
     different = [k for k in here if (run.get("environment") or {}).get(k) != here[k]]
@@ -184,7 +184,8 @@ def newest(stage: Path) -> dict | None:
     return None
 
 
-def resume(stage: Path, model: Llama4, optimizer: torch.optim.Optimizer, balancer: Balancer) -> dict | None:
+def resume(stage: Path, model: Llama4, optimizer: torch.optim.Optimizer, balancer: Balancer,
+           mesh=None) -> dict | None:  # fmt: skip
     """Restores the newest checkpoint that is whole; damaged ones are named in a warning. None: nothing to resume."""
     for folder in steps(stage):
         try:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from puna.errors import PunaError
+from puna.optim import OPTIMIZERS
 from puna.optim.adamw import GROUPS
+from puna.train.balance import BALANCING
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,7 @@ class TrainConfig:
     steps: int = 100
     rows: int = 8  # rows per optimizer step
     accumulate: int = 1  # micro-batches per step; rows must divide by it
+    optimizer: str = "adamw"  # adamw | muon (hidden matrices; adamw for the rest)
     lr: float = 3e-3  # peak learning rate of matrices
     lr_embedding: float = 1.0  # multipliers on lr for the other groups; 0 freezes one
     lr_head: float = 1.0
@@ -31,8 +35,10 @@ class TrainConfig:
     decay: float = 0.2  # last fraction of the steps
     floor: float = 0.05  # final learning rate / peak
     clip: float = 1.0  # global gradient norm
-    balance: float = 3e-4  # update of the router's selection bias per step; 0: none
+    balancing: str = "bias"  # bias | auxiliary | expert_choice (train/balance.py)
+    balance: float | None = None  # its strength: update a step, weight of the loss, experts a token; 0: none
     max_skips: int = 5  # consecutive non-finite steps before the run stops
+    recompute: int = 0  # every n-th block's activations are computed again in the backward, to save memory; 0: none
     compute_dtype: str = "auto"  # auto | bfloat16 | float32
     threads: int = 0  # 0: all cores
     heap_mb: int = 0  # MiB of heap mapped before the first step (train/memory.py); about what a step needs
@@ -51,7 +57,7 @@ class TrainConfig:
         for name in ("lr", "clip", "eps"):
             if not getattr(self, name) > 0:
                 raise PunaError(f"train.{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup", "warmup_head", "threads", "heap_mb", "keep_every"):
+        for name in ("warmup", "warmup_head", "threads", "heap_mb", "keep_every", "recompute"):
             if getattr(self, name) < 0:
                 raise PunaError(f"train.{name} must not be negative, got {getattr(self, name)}")
         for group, multiplier in self.multipliers.items():
@@ -60,6 +66,12 @@ class TrainConfig:
         for name in ("decay", "floor", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise PunaError(f"train.{name} must lie in 0..1, got {getattr(self, name)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise PunaError(f"train.optimizer must be {' or '.join(OPTIMIZERS)}, not {self.optimizer!r}")
+        if self.balancing not in BALANCING:
+            raise PunaError(f"train.balancing must be {', '.join(BALANCING)}, not {self.balancing!r}")
+        if self.balance is not None and not 0 <= self.balance < math.inf:
+            raise PunaError(f"train.balance must be 0 (none) or more, not {self.balance}")
         if self.compute_dtype not in ("auto", "bfloat16", "float32"):
             raise PunaError(f"train.compute_dtype must be auto, bfloat16 or float32, got {self.compute_dtype!r}")
 

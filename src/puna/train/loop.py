@@ -1,7 +1,7 @@
 """The one training loop. A stage gives it data, a loss term and a schedule; it does the rest, and nothing else does.
 
     for step in range(done, steps):
-        bias of the router (faded)  ->  learning rate  ->  batches(step)  ->  train_step  ->  metrics
+        learning rate  ->  batches(step)  ->  balance of the router (faded)  ->  train_step  ->  metrics
         every so often: evaluate, checkpoint; on SIGTERM or SIGINT: checkpoint and stop
 
 Killed at any moment, the same call goes on from the newest whole checkpoint and ends in bitwise equal weights (same
@@ -17,21 +17,26 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from puna.data import Batch
 from puna.errors import PunaError
 from puna.model import Llama4
-from puna.optim.adamw import build_adamw, set_lr
+from puna.optim import OPTIMIZERS
+from puna.optim.adamw import set_lr
 from puna.optim.schedule import anneal, wsd
 from puna.train import checkpoint, memory
+from puna.train.balance import BALANCING, Balancer, balance_metrics
 from puna.train.config import TrainConfig
-from puna.train.metrics import Display, MetricsFile
-from puna.train.step import Balancer, train_step
+from puna.train.metrics import Display, MetricsFile, NoMetrics
+from puna.train.step import train_step
 from puna.train.terms import NextToken, Term
 from puna.train.trackers import Tracker
+
+if TYPE_CHECKING:  # one process needs no torch.distributed
+    from puna.parallel.mesh import Mesh
 
 
 class Stopped(Exception):
@@ -67,6 +72,7 @@ class Job:
     evaluations: tuple[Evaluation, ...] = ()
     quiet: bool = False
     track: tuple[str, ...] = ()  # trackers that follow metrics.jsonl (train/trackers.py)
+    mesh: Mesh | None = None  # the processes that train together; the main one writes and shows
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -108,22 +114,31 @@ def train(job: Job) -> Llama4:
     kept = memory.keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
-    optimizer = build_adamw(
+    if job.mesh is None:  # else FSDP had to know it before
+        model.compute_dtype = compute_dtype(config.compute_dtype, model.tok_embeddings.weight.device)
+    optimizer = OPTIMIZERS[config.optimizer](
         model, config.lr, config.weight_decay, (config.beta1, config.beta2), config.eps,
         config.multipliers,
     )  # fmt: skip
-    balancer = Balancer(model, config.balance)
-    run = checkpoint.resume(job.folder, model, optimizer, balancer)
+    balancer = BALANCING[config.balancing](model, config.balance)
+    begun = checkpoint.newest(job.folder)
+    was = begun["config"].get("train", {}).get("optimizer", "adamw") if begun else config.optimizer
+    if was != config.optimizer and not begun["finished"]:
+        raise PunaError(f"{job.folder} was begun with train.optimizer {was}, whose moments {config.optimizer} can't go "
+                        f"on from: set train.optimizer {was}, or choose another folder")  # fmt: skip
+    run = checkpoint.resume(job.folder, model, optimizer, balancer, job.mesh)
     done = run["step"] if run else 0
-    model.compute_dtype = compute_dtype(config.compute_dtype, model.tok_embeddings.weight.device)
+    model.recompute = config.recompute
     if run and run["finished"]:
         return _finish(model, balancer)
     if kept:
         memory.grow_heap(config.heap_mb << 20)
     title = f"{job.folder.resolve().parent.name}/{job.name}"
-    trackers = [Tracker(name, job.folder, title, job.record) for name in dict.fromkeys(job.track)]
-    metrics = MetricsFile(job.folder / "metrics.jsonl", done, [tracker.follow for tracker in trackers])
-    display = Display(job.name, config.steps, done, job.quiet)
+    main = job.mesh is None or job.mesh.is_main
+    trackers = [Tracker(name, job.folder, title, job.record) for name in dict.fromkeys(job.track) if main]
+    followers = [tracker.follow for tracker in trackers]
+    metrics = MetricsFile(job.folder / "metrics.jsonl", done, followers) if main else NoMetrics()
+    display = Display(job.name, config.steps, done, job.quiet or not main)
     try:
         with _signals() as received:
             _steps(job, optimizer, balancer, done, metrics, display, received)
@@ -141,25 +156,28 @@ def _finish(model: Llama4, balancer: Balancer) -> Llama4:
 
 
 def _steps(job: Job, optimizer, balancer, done: int, metrics, display, received: list[int]) -> None:
-    config, model = job.train, job.model
+    config, model, mesh = job.train, job.model, job.mesh
     skips, start = 0, time.perf_counter()
     for step in range(done, config.steps):
         begin = time.perf_counter()
         model.train()
-        balancer.apply(anneal(step, config.steps))
         multiplier = wsd(step, config.steps, config.warmup, config.decay, config.floor)
         head = wsd(step, config.steps, config.warmup_head or config.warmup, config.decay, config.floor)
         set_lr(optimizer, multiplier, head)
         batch = job.source(step)
+        positions = batch.tokens_BT.numel() * (mesh.layout.rows if mesh else 1)
+        balancer.apply(anneal(step, config.steps), positions)
         waited = time.perf_counter() - begin
-        result = train_step(model, optimizer, batch.split(config.accumulate), job.term, config.clip, config.slice)
+        result = train_step(model, optimizer, batch.split(config.accumulate), job.term, config.clip, config.slice, mesh)
         if not result.skipped:
-            balancer.adjust(result.counts)
+            balancer.adjust(result.counts, result.seen)
+            balance_metrics(balancer, result.metrics)
         seconds = time.perf_counter() - begin
+        read = _read(batch, mesh)
         metrics.write(
             step=step, loss=result.loss, lr=config.lr * multiplier, grad_norm=result.grad_norm, tokens=result.tokens,
-            valid=result.valid, seconds=seconds, waited=waited, skipped=result.skipped, sources=batch.sources,
-            source_tokens=batch.source_tokens, tiles=0 if batch.tiles is None else len(batch.tiles), **result.metrics,
+            valid=result.valid, seconds=seconds, waited=waited, skipped=result.skipped, **read,
+            **result.metrics,
         )  # fmt: skip
         left = (time.perf_counter() - start) / (step + 1 - done) * (config.steps - step - 1)
         display.step(step + 1, result.loss, result.tokens / seconds, left)
@@ -172,16 +190,28 @@ def _steps(job: Job, optimizer, balancer, done: int, metrics, display, received:
                 "not finite, or no token in them counts; nothing of them was kept. Lower train.lr or look at the data, "
                 "then run again"
             )
-        last = step + 1 == config.steps
+        last, stop = step + 1 == config.steps, bool(received) if mesh is None else mesh.any(bool(received))
         _evaluate(job, balancer, step + 1, last, metrics, display)
-        if last or received or (step + 1) % config.checkpoint_every == 0:
+        if last or stop or (step + 1) % config.checkpoint_every == 0:
             checkpoint.save(
-                job.folder, step + 1, last, job.record, model, job.processor, optimizer, balancer
+                job.folder, step + 1, last, job.record, model, job.processor, optimizer, balancer, mesh
             )  # fmt: skip
             every = config.keep_every * config.checkpoint_every
             checkpoint.prune(job.folder, 1 if last else config.keep, step + 1, every)
-        if received:  # after the last step too: what comes behind this stage must not begin
-            raise Stopped(received[0], step)
+        if stop:  # after the last step too: what comes behind this stage must not begin
+            raise Stopped(received[0] if received else signal.SIGTERM, step)
+
+
+def _read(batch: Batch, mesh: Mesh | None) -> dict[str, Any]:
+    """What a step read: rows and tokens by source, tiles; of all processes, once per row."""
+    mine = [batch.sources, batch.source_tokens, {"": 0 if batch.tiles is None else len(batch.tiles)}]
+    parts = [mine] if mesh is None else mesh.gather(mine if not mesh.at["row"] and not mesh.at["pp"] else [{}, {}, {}])
+    total: list[dict] = [{}, {}, {}]
+    for part in parts or ():
+        for into, values in zip(total, part, strict=True):
+            for name, value in values.items():
+                into[name] = into.get(name, 0) + value
+    return {"sources": total[0], "source_tokens": total[1], "tiles": total[2].get("", 0)}
 
 
 def _evaluate(job: Job, balancer, done: int, last: bool, metrics, display) -> None:
@@ -190,8 +220,13 @@ def _evaluate(job: Job, balancer, done: int, last: bool, metrics, display) -> No
         return
     balancer.detach()
     job.model.eval()
-    for evaluation in due:
-        values = evaluation.run(job.model)
+    model = job.model
+    if job.mesh is not None:
+        from puna.parallel.apply import whole_model
+
+        model = whole_model(job.model, job.mesh)
+    for evaluation in due if model is not None else ():
+        values = evaluation.run(model.eval())
         metrics.write(step=done, eval=evaluation.name, **values)
         shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if isinstance(value, (int, float)))
         if shown:

@@ -52,6 +52,14 @@ class MetricsFile:
             self._handle.close()
 
 
+class NoMetrics:
+    """Where another process writes them."""
+
+    def write(self, **values) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read(path: Path) -> list[dict]:
     """All whole lines of a metrics file; a line cut off by a crash is left out."""
     lines = []

