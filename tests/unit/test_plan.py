@@ -9,16 +9,16 @@ import pytest
 from puna.cli.main import main
 from puna.errors import PunaError
 from puna.model import ModelConfig, preset
+from puna.parallel.layout import Layout
 from puna.plan import communication, hardware, layout, serving, training
 from puna.plan.flops import flops_per_token, parameter_count, shapes
-from puna.plan.layout import Layout
-from puna.plan.memory import PRECISIONS, Schedule
+from puna.plan.memory import PRECISIONS, Schedule, alike, shards
 from puna.plan.serving import ServingWork, serve
 from puna.plan.training import Work, stage_flops, suggest
 
 TABLE = hardware.load()
-SHAPE = dict(vocab_size=64, d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, expert_width=24, dense_width=48,
-             n_experts=4, chunk=16, floor_scale=16, max_context=256)  # fmt: skip
+SHAPE = dict(vocab_size=64, d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, expert_width=24,
+             dense_width=48, n_experts=4, chunk=16, floor_scale=16, max_context=256)  # fmt: skip
 
 
 def gpus(text: str) -> hardware.Cluster:
@@ -78,8 +78,8 @@ def test_behemoth_trains_on_its_published_cluster():
     """Meta: fp8, 32,000 GPUs, 390 TFLOP/s each (llama4-facts.md §1.4); the assumptions here are no better than that."""
     cluster = gpus("32000xh100")
     found = suggest(preset("behemoth"), cluster, Work(8192, 16000, "fp8"))
-    assert found[0].fits and found[0].layout.world == 32000 and found[0].layout.ep > 1
-    assert 200e12 < found[0].mfu * 1978.9e12 < 500e12
+    assert found[0].fits and 0.9 * 32000 <= found[0].layout.world <= 32000 and found[0].layout.ep > 1
+    assert 100e12 < found[0].mfu * 1978.9e12 < 500e12
     assert [p.tokens_per_second for p in found] == sorted((p.tokens_per_second for p in found), reverse=True)
     assert len({p.layout for p in found}) == len(found) == 5
 
@@ -100,20 +100,17 @@ def test_layouts_obey_the_model():
     found = list(layout.layouts(config, 64, 65536, 8))
     assert len(found) == len(set(found)) > 100
     for each in found:
-        assert each.world == 64 and 8 % each.tp == 0 and 48 % each.pp == 0 and 16 % each.ep == 0
-        assert each.shard % each.ep == 0 and 65536 % (each.cp * 8192) == 0
+        assert each.world == 64 and 8 % each.tp == 0 and 48 % (each.pp * each.pp_chunks) == 0 and 16 % each.ep == 0
+        assert each.copy % each.ep == 0 and 65536 % (each.cp * 8192) == 0
+        layout.check(config, each, 64, 65536)
     assert {each.cp for each in found} == {1, 2, 4, 8}
     assert layout.parse("dp_shard=8, tp=2") == Layout(dp_shard=8, tp=2)
-    assert str(Layout(tp=2, ep=4)) == "tp=2, ep=4" and str(Layout()) == "one rank"
+    assert layout.describe(Layout(dp_shard=1, tp=2, ep=4)) == "tp=2, ep=4" and layout.describe(layout.ONE) == "one rank"
 
 
-@pytest.mark.parametrize(
-    ("bad", "word"),
-    [(Layout(tp=3), "n_heads"), (Layout(tp=4), "n_kv_heads"), (Layout(pp=3), "n_layers"), (Layout(dp_shard=8, ep=8), "n_experts"),
-     (Layout(dp_shard=2, ep=4), "dp_shard"), (Layout(cp=2), "chunks")],
-)  # fmt: skip
-def test_a_layout_that_cannot_be_says_why(bad, word):
-    assert word in layout.obstacle(ModelConfig(**SHAPE), bad, 16)
+def test_unhandy_numbers_of_gpus_leave_spares():
+    assert training.used(gpus("8xh100")) == [8] and training.used(gpus("100xh100")) == [100, 96]
+    assert training.used(gpus("32000xh100")) == [32000, 31744, 30720]
 
 
 # ---- FLOPs and bytes
@@ -131,36 +128,38 @@ def test_stages_share_the_flops(name):
 
 
 def test_fsdp_sends_what_its_ranks_lack():
-    """Every parameter cut in n along its first dimension (experts along their second), padded, and sent to the n - 1
-    others; nano's router of 16 rows and class token are what 32 ranks have to pad."""
+    """A ring of n sends each rank's shard to the n - 1 others: weights twice a micro-batch, gradients once; matrices
+    travel as bfloat16, what multiplies in fp32 as fp32. nano's router of 16 rows is what 32 ranks have to pad."""
     config = preset("nano_scout")
     for n, ep in ((2, 1), (8, 4), (32, 8)):
-        plain = experts = 0
+        kinds = {"matrices": 0, "experts": 0, "rest": 0, "root": 0}
         for name, shape in shapes(config).items():
             rest = 1
             for size in shape[1:]:
                 rest *= size
             if ".experts." in name:
-                experts += shape[0] // ep * -(-shape[1] // (n // ep)) * shape[2]
+                kinds["experts"] += shape[0] // ep * shape[1] // (n // ep) * shape[2]
             else:
-                plain += -(-shape[0] // n) * rest
+                matrix = name.startswith("layers") and ("attention.w" in name or "shared" in name)
+                root = name.startswith(("tok_", "norm.", "output."))
+                kinds["matrices" if matrix else "root" if root else "rest"] += -(-shape[0] // n) * rest
         mine = Layout(dp_shard=n, ep=ep)
-        assert communication.shards(config, mine, tuple(range(config.n_layers))) == (plain, experts)
+        assert shards(config, mine, alike(config, 1, 1, 0, 0)) == kinds
         sent = communication.step(config, mine, Schedule(micros=3), PRECISIONS["mixed"], 512)
-        assert sent["FSDP"].sent == (n - 1) * plain * 3 * (2 + 4)
-        twice = communication.step(config, mine, Schedule(micros=3, reshard="forward"), PRECISIONS["mixed"], 512)
-        once = communication.step(config, mine, Schedule(micros=3, reshard="step"), PRECISIONS["mixed"], 512)
-        assert twice["FSDP"].sent == (n - 1) * plain * 3 * (2 + 2 + 4)
-        assert once["FSDP"].sent == (n - 1) * plain * (2 + 4)
+        assert sent["FSDP"].sent == (n - 1) * kinds["matrices"] * 3 * (2 + 2 + 4)
+        assert sent["FSDP rest"].sent == (n - 1) * 3 * (kinds["rest"] * 12 + kinds["root"] * 8)
         if n > ep:
-            assert sent["FSDP experts"].sent == (n // ep - 1) * experts * 3 * (2 + 4)
+            assert sent["FSDP experts"].sent == (n // ep - 1) * kinds["experts"] * 3 * (2 + 2 + 4)
+    piped = communication.step(config, Layout(dp_shard=8, pp=2), Schedule(micros=3), PRECISIONS["mixed"], 512)
+    half = shards(config, Layout(dp_shard=8, pp=2), alike(config, 2, 1, 0, 0), True, False)
+    assert piped["FSDP"].sent == 7 * half["matrices"] * 3 * (2 + 4), "kept until the backward"
 
 
 def test_hsdp_reduces_the_shard_over_its_replicas():
     config = preset("nano_scout")
     sent = communication.step(config, Layout(dp_replicate=4, dp_shard=2), Schedule(micros=5), PRECISIONS["mixed"], 512)
-    plain, experts = communication.shards(config, Layout(dp_shard=2), tuple(range(config.n_layers)))
-    assert sent["HSDP"].sent == 2 * 3 / 4 * (plain + experts) * 4
+    held = sum(shards(config, Layout(dp_shard=2), alike(config, 1, 1, 0, 0)).values())
+    assert sent["HSDP"].sent == 2 * 3 / 4 * held * 4 * 5
 
 
 def test_experts_rows_are_those_of_other_ranks_tokens():
@@ -200,18 +199,23 @@ def test_context_parallel_moves_keys_of_global_layers_alone():
                 if q // config.chunk == k // config.chunk:
                     foreign["local"].add((owner[q], k))
     assert not foreign["local"] and foreign["global"]
-    sent = communication.step(config, Layout(cp=cp), Schedule(), PRECISIONS["mixed"], seq_len)["context"].sent
+    mine = Layout(dp_shard=1, cp=cp)
+    sent = communication.step(config, mine, Schedule(), PRECISIONS["mixed"], seq_len)["context"].sent
     keys = seq_len // cp  # each rank sends all of its own to the other one
     assert sent == 2 * (2 * config.n_kv_heads * config.head_dim * 2 * keys)  # one global layer, forward and back
 
 
 def test_tensor_and_pipeline_traffic():
     config = ModelConfig(**SHAPE)
-    sent = communication.step(config, Layout(tp=2), Schedule(rows=3, micros=2), PRECISIONS["mixed"], 16)
-    assert sent["tensor"].sent == 2 * (8 * 4 + 4) * 1 / 2 * 2 * 32 * 48
-    sent = communication.step(config, Layout(pp=4), Schedule(rows=3, micros=2), PRECISIONS["mixed"], 16, stage=1)
+    how = Schedule(rows=3, micros=2)
+    sent = communication.step(config, Layout(dp_shard=1, tp=2), how, PRECISIONS["mixed"], 16)
+    assert sent["tensor"].sent == 2 * 8 * 4 * 1 / 2 * 2 * 32 * 48
+    sent = communication.step(config, Layout(dp_shard=1, pp=4), how, PRECISIONS["mixed"], 16, stage=1)
     assert sent["pipeline"].sent == 2 * 2 * 2 * 32 * 48
     assert set(sent) == {"pipeline"}
+    both = communication.step(config, Layout(dp_shard=1, tp=2, ep=2), Schedule(), PRECISIONS["mixed"], 16)
+    lone = communication.step(config, Layout(dp_shard=2, ep=2), Schedule(), PRECISIONS["mixed"], 16)
+    assert both["experts"].sent < 0.6 * lone["experts"].sent, "tensor-parallel ranks route their own part of the row"
 
 
 def test_time_follows_links_bubbles_and_prices():
@@ -221,9 +225,9 @@ def test_time_follows_links_bubbles_and_prices():
     both = [suggest(config, c, work, Layout(dp_shard=64))[0] for c in (fast, dataclasses.replace(fast, gpu=slow))]
     assert both[1].step > 2 * both[0].step and both[1].seconds["compute"] == both[0].seconds["compute"]
     piped = suggest(config, fast, work, Layout(dp_shard=8, pp=8, ep=8))[0]
-    s = piped.schedule
+    s, v = piped.schedule, piped.layout.pp_chunks
     each = (piped.seconds["compute"] + piped.seconds["exchanges"]) / s.micros
-    assert piped.seconds["bubble"] == pytest.approx(7 / s.interleave * each)
+    assert piped.seconds["bubble"] == pytest.approx(7 / v * each)
     assert both[0].mfu < 0.45 and piped.mfu < 0.45
     inside, across = fast.seconds(1e9, 1, 8), fast.seconds(1e9, 1, 64)
     assert inside == pytest.approx(1e9 / 450e9 / 0.8 + 15e-6) and across == pytest.approx(1e9 / 400e9 / 0.8 + 15e-6)
@@ -251,7 +255,7 @@ def test_decoding_reads_the_experts_that_are_met():
 @pytest.mark.parametrize(
     ("words", "exit_code", "said"),
     [
-        ("scout --gpus 8xh100", 0, "it does not fit: 152"),
+        ("scout --gpus 8xh100", 0, "it does not fit: 159"),
         ("scout --gpus 8xh100 --must-fit", 3, "in mixed: 32 of these GPUs"),
         ("scout --gpus 8xh100 --for serving --must-fit", 0, "decoding"),
         ("scout --gpus 1xh100 --for serving", 0, "int4 weights, 66.48 GB"),
@@ -259,6 +263,7 @@ def test_decoding_reads_the_experts_that_are_met():
         ("maverick --gpus 8xh100 --for serving --precision fp8 --must-fit", 0, "432.98 GB"),
         ("nano_scout --gpus laptop --must-fit", 0, "one rank"),
         ("scout --gpus 64xh100 --layout dp_shard=64,ep=8 --batch 512", 0, "dp_shard=64, ep=8"),
+        ("behemoth --gpus 32000xh100 --for training --precision fp8 --must-fit", 0, "are spares"),
     ],
 )
 def test_the_command_answers(capsys, words, exit_code, said):
@@ -277,8 +282,9 @@ def test_the_command_answers(capsys, words, exit_code, said):
         ("scout --gpus 8xa100 --precision fp8", "has no fp8 units"),
         ("scout --gpus 8xh100 --layout dp_shrd=8", "did you mean 'dp_shard'?"),
         ("scout --gpus 8xh100 --layout dp_shard=x", "whole number"),
-        ("scout --gpus 8xh100 --layout dp_shard=4", "that is 4 ranks"),
-        ("scout --gpus 8xh100 --layout tp=3", "does not divide n_heads"),
+        ("scout --gpus 8xh100 --layout dp_shard=4", "is 4, but there are 8 processes"),
+        ("scout --gpus 8xh100 --layout tp=3", "but there are 8 processes"),
+        ("scout --gpus 16xh100 --layout tp=16", "must divide model.n_heads 40"),
         ("scout --gpus 8xh100 --for serving --layout tp=8", "--layout is for --for training alone"),
         ("scout --gpus 8xh100 --cache fp8", "--cache is for --for serving alone"),
         ("scout --gpus 7xh100 --for serving", "does not divide"),

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from puna.model import Llama4, ModelConfig, VisionConfig, preset
 from puna.model.vision import VisionTower
+from puna.parallel.layout import Layout, Part, is_expert, is_tensor_parallel, shard_bounds, tensor_parallel
+from puna.parallel.pipeline import schedule
 from puna.plan.hardware import Assumptions, Cluster, Gpu
-from puna.plan.layout import Layout
+from puna.plan.layout import ONE
 from puna.plan.memory import (
     PRECISIONS,
     Schedule,
     alike,
-    ends,
-    held,
     in_flight,
     kept,
     kept_by_tile,
+    shards,
     stage_layers,
     training_memory,
     weight_bytes,
@@ -71,12 +71,10 @@ def test_activations_are_what_autograd_saves(change, dtype):
 def test_a_recomputed_layer_keeps_its_input():
     config = ModelConfig(**SHAPE)
     model, tokens = Llama4(config).train(), 512
-    for i in (0, 2):
-        layer, forward = model.layers[i], model.layers[i].forward
-        layer.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
+    model.recompute = 2
     measured = saved(lambda: model.hidden(torch.randint(0, 64, (1, tokens))), model.parameters())
-    schedule = Schedule(recompute=2)
-    parts = training_memory(config, Layout(dp_shard=2), schedule, PRECISIONS["float32"], tokens)
+    every_second = Schedule(recompute=2)
+    parts = training_memory(config, Layout(dp_shard=2), every_second, PRECISIONS["float32"], tokens)
     once_more = tokens * kept(config, 0, 4)
     planned = parts["activations"] - once_more + tokens * 8 * config.d_model
     assert planned == pytest.approx(measured, rel=0.05)
@@ -86,42 +84,50 @@ def test_a_recomputed_layer_keeps_its_input():
 
 @pytest.mark.parametrize("dtype", BYTES)
 def test_tiles_are_what_autograd_saves(dtype):
-    eye = VisionConfig(image_size=112, patch_size=8, width=128, layers=3, heads=4, mlp_width=384, adapter_width=192)
-    tower, b = VisionTower(eye, 256), BYTES[dtype]
+    eye = VisionConfig(image_size=192, patch_size=8, width=128, layers=3, heads=4, mlp_width=384, adapter_width=192)
+    tower, b = VisionTower(eye, 256), BYTES[dtype]  # more places than the CPU attends to by hand
     for p in tower.parameters():
         torch.nn.init.normal_(p, std=0.02)
     tower = tower.to(dtype)
-    measured = saved(lambda: tower(torch.randn(2, 3, 112, 112, dtype=dtype)), tower.parameters())
+    measured = saved(lambda: tower(torch.randn(2, 3, 192, 192, dtype=dtype)), tower.parameters())
     assert kept_by_tile(eye, b) == pytest.approx(measured / 2, rel=0.08)
 
 
 @pytest.mark.parametrize("name", ["scout", "maverick", "behemoth", "nano_maverick"])
-def test_shards_of_all_ranks_are_the_model(name):
-    """Of every stage: tensor-parallel ranks hold what is split once and what is repeated tp times."""
+def test_ranks_hold_what_the_trainer_gives_them(name):
+    """The parts that parallel/apply.py cuts and FSDP shards, parameter by parameter, on rank 0 of the first stage."""
     config = preset(name)
+    layout = Layout(dp_replicate=3, dp_shard=4, cp=2, tp=2, ep=4)
     with torch.device("meta"):
-        sizes = {n: p.numel() for n, p in Llama4(config).named_parameters()}
-    total = sum(sizes.values())
-    layout = Layout(dp_replicate=3, dp_shard=4, cp=2, tp=2, pp=2, ep=4)
-    shares = sum(
-        held(config, layout, alike(config, 2, 1, stage, 0), stage == 0, stage == 1)[0] * layout.shard * layout.tp
-        for stage in range(2)
-    )
-    twice = sum(n for name, n in sizes.items() if name.startswith("vision.") or "norm" in name and "layers" in name
-                or "router" in name)  # fmt: skip
-    assert shares == pytest.approx(total + twice, rel=1e-12)
-    assert held(config, Layout(), alike(config, 1, 1, 0, 0), True, True)[0] == total
-    assert sum(ends(config)) + sum(n for name, n in sizes.items() if name.startswith("layers.")) == total
+        sizes = {n: tuple(p.shape) for n, p in Llama4(config).named_parameters()}
+    held = 0
+    for parameter, shape in sizes.items():
+        part, over, dim = Part.whole(shape), layout.copy, 0
+        if is_expert(parameter):
+            part, over = part.share(0, 0, layout.ep), layout.copy // layout.ep
+            dim = 0 if part.local[0] % over == 0 or part.local[1] % over else 1
+        else:
+            part = tensor_parallel(parameter, part, config, 0, layout.tp)
+            over = layout.dp_shard * layout.cp if is_tensor_parallel(parameter) else over
+        held += math.prod(part.window(dim, *shard_bounds(part.local[dim], 0, over)).local)
+    mine = shards(config, layout, alike(config, 1, 1, 0, 0))
+    assert sum(mine.values()) == held
+    whole = shards(config, ONE, alike(config, 1, 1, 0, 0))
+    assert sum(whole.values()) == sum(map(math.prod, sizes.values()))
+    halves = [shards(config, Layout(dp_shard=1, pp=2), alike(config, 2, 1, s, 0), s == 0, s == 1) for s in range(2)]
+    assert sum(sum(half.values()) for half in halves) == sum(whole.values())
 
 
 def test_pipelines_hold_as_many_micro_batches_as_their_schedule():
-    """1F1B: stage s runs pp - s forwards before its first backward; turns add (v - 1) pp and twice the distance."""
-    layout = Layout(pp=4)
-    assert [in_flight(layout, Schedule(micros=16), s) for s in range(4)] == [4, 3, 2, 1]
-    assert in_flight(layout, Schedule(micros=2), 0) == 2
-    assert in_flight(layout, Schedule(micros=16, interleave=2), 0) == (2 * 3 + 4 + 1) / 2
-    layers = [stage_layers(preset("scout"), 4, 2, s) for s in range(4)]
-    assert layers[1] == (*range(6, 12), *range(30, 36)) and sorted(sum(layers, ())) == list(range(48))
+    for chunks, micros in ((1, 16), (1, 2), (2, 16), (3, 8)):
+        layout = Layout(dp_shard=1, pp=4, pp_chunks=chunks)
+        for stage in range(4):
+            waiting = most = 0
+            for work in schedule(stage, 4, chunks, micros):
+                waiting += 1 if work.forward else -1
+                most = max(most, waiting)
+            assert in_flight(layout, micros, stage) == most / chunks
+    assert stage_layers(48, 4, 2, 1) == (*range(6, 12), *range(30, 36))
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
@@ -170,8 +176,8 @@ def test_training_takes_the_planned_memory(change, dtype, rows, seq_len, micros)
     """Peak resident memory, less what the process had before the model was built; within 15 %."""
     measured = peak(what="train", config=SHAPE | change, dtype=dtype, rows=rows, seq_len=seq_len, micros=micros)
     precision = PRECISIONS["mixed" if dtype == "bfloat16" else "float32"]
-    schedule = Schedule(rows=rows, micros=micros)
-    parts = training_memory(ModelConfig.from_dict(SHAPE | change), Layout(), schedule, precision, seq_len)
+    how = Schedule(rows=rows, micros=micros)
+    parts = training_memory(ModelConfig.from_dict(SHAPE | change), ONE, how, precision, seq_len)
     print(f"{measured / 1e6:.1f} MB measured, {sum(parts.values()) / 1e6:.1f} planned")
     assert sum(parts.values()) == pytest.approx(measured, rel=0.15)
 

@@ -51,9 +51,7 @@ def _training(args, config, cluster, context, defaults, console):
         context, args.batch or default, args.precision or "mixed",
         args.tiles or 0.0, defaults.get("slice", 1024), args.imbalance or 1.0,
     )  # fmt: skip
-    fixed = layout.parse(args.layout) if args.layout else None
-    if fixed:
-        training.check(config, cluster, work, fixed)
+    fixed = layout.check(config, layout.parse(args.layout), cluster.count, context) if args.layout else None
     plans = training.suggest(config, cluster, work, fixed, args.recompute)
     show.training(console, plans, args.tokens or 1e12)
     if plans[0].fits:

@@ -1,7 +1,7 @@
 """What fits, how fast, at what price: arithmetic on a configuration, checked against what is really allocated and sent.
 
 hardware.py        GPUs, links, prices: hardware.toml, or the user's copy of it
-layout.py          sizes of the parallel groups, and which of them a model allows
+layout.py          which of parallel/layout.py's layouts a model allows
 flops.py           parameters and floating-point operations
 memory.py          where the bytes of a training step are; footprint.py: those of LoRA
 communication.py   bytes that a rank sends in a step

@@ -4,32 +4,32 @@ Rings: to gather or to scatter-and-reduce S bytes over n ranks each sends (n - 1
 an all-to-all it sends what isn't for itself. Forward and backward of one micro-batch of t tokens on a rank, b bytes a
 number:
 
-    FSDP        gather b of every weight once or twice, reduce-scatter the gradients; experts over the ranks that `ep`
-                leaves, everything else over dp_shard x cp
-    HSDP        all-reduce of the rank's shard of the gradients over dp_replicate, once a step
+    FSDP        gather b of every matrix twice, or once in a pipeline, which keeps it until the backward, and
+                reduce-scatter its gradient: attention and dense or shared FFN over dp_shard x cp, experts over copy /
+                ep; in fp32 over the whole copy norms, routers, the vision tower, and what is gathered once: embedding,
+                head and last norm
+    HSDP        all-reduce of the rank's shard of the gradients over dp_replicate
     experts     a MoE layer: 2 b D (rows sent + rows received): tokens out, results back, the gradients of both; 8 bytes
-                of counts an expert of other ranks. Balanced routing sends (ep - 1) / ep of t; `leaving` counts it from
-                measured routes
-    tensor      a layer: 8 (tp - 1) / tp b D t: sequence-parallel norms gather in front of attention and FFN and scatter
-                behind them, and their gradients the other way round; embedding and head 4 more
-    context     a global layer: keys and values of the other ranks, 2 K d b (cp - 1) t forward, as much of their
+                of counts an expert of other ranks. Balanced routing sends (ep - 1) / ep of a rank's t / tp tokens;
+                `leaving` counts it from measured routes
+    tensor      a layer: 8 (tp - 1) / tp b D t: gathered in front of attention and FFN, scattered behind them, and the
+                gradients the other way round
+    context     a global layer: keys and values to the other ranks, 2 K / tp d b (cp - 1) t forward, as much of their
                 gradients back; a local layer: nothing, chunks are whole
-    pipeline    b D t for each border between stages, forward and back; sequence-parallel ranks send their part
+    pipeline    b D t / tp for each border between stages, forward and back
 
-A recomputed layer repeats its forward part. Shards are padded to equal size, as FSDP2 pads them.
+copy = dp_shard x cp x tp. A recomputed layer repeats its forward part. Shards are padded to equal size, as FSDP2 pads
+them. Left out: sums of a few numbers (loss, norm, routes), features of pictures.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from puna.model import ModelConfig
-from puna.plan.flops import shapes
-from puna.plan.layout import Layout
-from puna.plan.memory import Precision, Schedule, alike, stage_layers
+from puna.parallel.layout import Layout
+from puna.plan.memory import Precision, Schedule, alike, shards, stage_layers
 
 
 @dataclass(frozen=True)
@@ -43,41 +43,22 @@ class Traffic:
     exchange: bool = False
 
 
-@lru_cache(maxsize=65536)
-def shards(config: ModelConfig, layout: Layout, layers: tuple[int, ...], first: bool = True,
-           last: bool = True) -> tuple[float, float]:  # fmt: skip
-    """Numbers that a rank holds of (everything but experts, experts), padded: matrices are cut along their first
-    dimension, experts along the input of each."""
-    plain = experts = 0.0
-    for i, name, shape in _placed(config):
-        if i not in layers if i >= 0 else not (last if name.startswith(("output.", "norm.")) else first):
-            continue
-        split = 1 if "norm" in name or "router" in name or name.startswith("vision.") else layout.tp
-        if ".experts." in name:
-            experts += shape[0] // layout.ep * math.ceil(shape[1] / layout.expert_shard) * shape[2] / split
-        else:
-            plain += math.ceil(shape[0] / split / layout.shard) * math.prod(shape[1:])
-    return plain, experts
+def fsdp(held: dict[str, int], layout: Layout, micros: int, precision: Precision) -> dict[str, float]:
+    """Bytes a rank sends to gather weights and to reduce gradients, by kind of unit; `held`: what `shards` returns."""
+    gathers = micros * (2 if layout.pp == 1 else 1)
+    dense, spread = layout.dp_shard * layout.cp, layout.copy // layout.ep
+    matrix = gathers * precision.compute + micros * precision.gradient
+    return {
+        "matrices": (dense - 1) * held["matrices"] * matrix,
+        "experts": (spread - 1) * held["experts"] * matrix,
+        "rest": (layout.copy - 1) * held["rest"] * (gathers * precision.master + micros * precision.gradient),
+        "root": (layout.copy - 1) * held["root"] * micros * (precision.master + precision.gradient),
+    }
 
 
-@lru_cache(maxsize=16)
-def _placed(config: ModelConfig) -> list[tuple[int, str, tuple[int, ...]]]:
-    """(layer or -1, name, shape) of every parameter."""
-    found = shapes(config).items()
-    return [(int(n.split(".")[1]) if n.startswith("layers.") else -1, n, shape) for n, shape in found]
-
-
-def fsdp(plain: float, experts: float, layout: Layout, gathers: int, reduces: int, b: int,
-         gradient: int) -> tuple[float, float]:  # fmt: skip
-    """Bytes a rank sends to gather weights and to reduce gradients: the same for (everything but experts, experts),
-    whose shards (numbers a rank holds) are `plain` and `experts`."""
-    each = gathers * b + reduces * gradient
-    return (layout.shard - 1) * plain * each, (layout.expert_shard - 1) * experts * each
-
-
-def hsdp(numbers: float, layout: Layout, gradient: int) -> float:
-    """Bytes a rank sends to all-reduce the gradients of its shard, once."""
-    return 2 * (layout.dp_replicate - 1) / layout.dp_replicate * numbers * gradient
+def hsdp(numbers: float, layout: Layout, micros: int, gradient: int) -> float:
+    """Bytes a rank sends to all-reduce the gradients of its shard."""
+    return 2 * (layout.dp_replicate - 1) / layout.dp_replicate * numbers * gradient * micros
 
 
 def expert_rows(config: ModelConfig, sent: float, received: float, b: int, forwards: int = 1) -> float:
@@ -98,12 +79,9 @@ def leaving(counts_RE: Sequence[Sequence[int]], ep: int) -> list[tuple[int, int]
     return [(sum(to[r]) - to[r][r], sum(to[k][r] for k in range(ep)) - to[r][r]) for r in range(ep)]
 
 
-def tensor(
-    config: ModelConfig, layout: Layout, tokens: float, b: int, layers: int, forwards: int = 1, ends: int = 2
-) -> float:
-    """Bytes a rank sends for `layers` layers and `ends` of embedding and head."""
-    each = (layout.tp - 1) / layout.tp * b * config.d_model * tokens
-    return each * (4 * (forwards + 1) * layers + 2 * ends)
+def tensor(config: ModelConfig, layout: Layout, tokens: float, b: int, layers: int, forwards: int = 1) -> float:
+    """Bytes a rank sends for `layers` layers."""
+    return (layout.tp - 1) / layout.tp * b * config.d_model * tokens * 4 * (forwards + 1) * layers
 
 
 def context(config: ModelConfig, layout: Layout, tokens: float, b: int, global_layers: int, forwards: int = 1) -> float:
@@ -112,42 +90,40 @@ def context(config: ModelConfig, layout: Layout, tokens: float, b: int, global_l
     return (forwards + 1) * each * global_layers
 
 
-def pipeline(config: ModelConfig, layout: Layout, tokens: float, b: int, interleave: int = 1) -> float:
+def pipeline(config: ModelConfig, layout: Layout, tokens: float, b: int) -> float:
     """Bytes a rank in the middle sends."""
-    return 2 * interleave * b * config.d_model * tokens / layout.tp if layout.pp > 1 else 0.0
+    return 2 * layout.pp_chunks * b * config.d_model * tokens / layout.tp if layout.pp > 1 else 0.0
 
 
 def step(config: ModelConfig, layout: Layout, schedule: Schedule, precision: Precision, seq_len: int,
          stage: int = 0) -> dict[str, Traffic]:  # fmt: skip
     """All that a rank of a stage sends in a step, balanced routing times `schedule.imbalance`."""
     c, s, b, m = config, schedule, precision.compute, schedule.micros
-    layers = stage_layers(c, layout.pp, s.interleave, stage)
-    first, last = stage == 0, stage == layout.pp - 1
+    layers = stage_layers(c.n_layers, layout.pp, layout.pp_chunks, stage)
     tokens = s.rows * seq_len / layout.cp
-    groups = alike(c, layout.pp, s.interleave, stage, s.recompute)
+    groups = alike(c, layout.pp, layout.pp_chunks, stage, s.recompute)
     every = {1 + g.again: sum(x.count for x in groups if x.again == g.again) for g in groups}  # forwards: layers
     moe, nope = ({f: sum(x.count for x in groups if 1 + x.again == f and kind(x.layer)) for f in every}
                  for kind in (c.is_moe, c.is_nope))  # fmt: skip
-    gathers, reduces = {"forward": (2 * m, m), "backward": (m, m), "step": (1, 1)}[s.reshard]
-    plain, experts = shards(c, layout, layers, first, last)
-    dense, routed = fsdp(plain, experts, layout, gathers, reduces, b, precision.gradient)
-    calls = (len(layers) + first + last) * (gathers + reduces)
-    rows = tokens * (layout.ep - 1) / layout.ep * s.imbalance
+    own = shards(c, layout, groups, stage == 0, stage == layout.pp - 1)
+    weights = fsdp(own, layout, m, precision)
+    calls = len(layers) * m * (3 if layout.pp == 1 else 2)  # of each kind of unit
+    rows = tokens / layout.tp * (layout.ep - 1) / layout.ep * s.imbalance
     experts_sent = sum(n * (expert_rows(c, rows, rows, b, f) + f * expert_counts(c, layout)) for f, n in moe.items())
-    tensor_sent = sum(tensor(c, layout, tokens, b, n, f, 0) for f, n in every.items())
-    tensor_sent += tensor(c, layout, tokens, b, 0, 1, first + last)
+    tensor_sent = sum(tensor(c, layout, tokens, b, n, f) for f, n in every.items())
     context_sent = sum(context(c, layout, tokens, b, n, f) for f, n in nope.items())
     found = {
-        "FSDP": Traffic(dense, calls, layout.shard, layout.tp),
-        "FSDP experts": Traffic(routed, sum(moe.values()) * (gathers + reduces), layout.expert_shard,
-                                layout.tp * layout.ep),
-        "HSDP": Traffic(hsdp(plain + experts, layout, precision.gradient), len(layers), layout.dp_replicate,
-                        layout.tp * layout.shard),
-        "experts": Traffic(m * experts_sent, m * sum(n * (2 + 3 * f) for f, n in moe.items()), layout.ep, layout.tp,
+        "FSDP": Traffic(weights["matrices"], 2 * calls, layout.dp_shard * layout.cp, layout.tp),
+        "FSDP experts": Traffic(weights["experts"], sum(moe.values()) * calls // len(layers),
+                                layout.copy // layout.ep, layout.ep),
+        "FSDP rest": Traffic(weights["rest"] + weights["root"], calls + 2 * m, layout.copy, 1),
+        "HSDP": Traffic(hsdp(sum(own.values()), layout, m, precision.gradient), 4 * len(layers) * m,
+                        layout.dp_replicate, layout.copy),
+        "experts": Traffic(m * experts_sent, m * sum(n * (2 + 3 * f) for f, n in moe.items()), layout.ep, 1,
                            exchange=True),
         "tensor": Traffic(m * tensor_sent, m * sum(4 * n * (1 + f) for f, n in every.items()), layout.tp, 1),
-        "context": Traffic(m * context_sent, m * sum(n * (1 + f) for f, n in nope.items()), layout.cp, layout.tp),
-        "pipeline": Traffic(m * pipeline(c, layout, tokens, b, s.interleave), 2 * m * s.interleave, layout.pp,
+        "context": Traffic(m * context_sent, m * sum(2 * n * (1 + f) for f, n in nope.items()), layout.cp, layout.tp),
+        "pipeline": Traffic(m * pipeline(c, layout, tokens, b), 2 * m * layout.pp_chunks, layout.pp,
                             layout.world // layout.pp),
     }  # fmt: skip
     return {name: traffic for name, traffic in found.items() if traffic.group > 1 and traffic.sent}

@@ -1,59 +1,25 @@
-"""How ranks are laid out, and which layouts a model allows.
-
-    world = dp_replicate x dp_shard x cp x tp x pp          ep divides dp_shard x cp
-
-Neighbouring ranks differ in tp first, then cp, dp_shard, dp_replicate and pp, so that what talks most stays in a node.
-Experts are spread over `ep` ranks of dp_shard x cp; what is left of that product shards each expert's own matrices.
-"""
+"""Which layouts (`puna.parallel.Layout`) a model allows on so many GPUs, and how the command line names one."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from puna.errors import PunaError
 from puna.fields import nearest
 from puna.model import ModelConfig
+from puna.parallel.layout import Layout
+
+ONE = Layout(dp_shard=1)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Sizes of the parallel groups."""
-
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    cp: int = 1
-    tp: int = 1
-    pp: int = 1
-    ep: int = 1
-
-    @property
-    def world(self) -> int:
-        return self.dp_replicate * self.dp_shard * self.cp * self.tp * self.pp
-
-    @property
-    def dp(self) -> int:
-        """Ranks that read different rows."""
-        return self.dp_replicate * self.dp_shard
-
-    @property
-    def shard(self) -> int:
-        """Ranks that every parameter outside the experts is sharded over."""
-        return self.dp_shard * self.cp
-
-    @property
-    def expert_shard(self) -> int:
-        """Ranks that the matrices of one expert are sharded over."""
-        return self.shard // self.ep
-
-    def __str__(self) -> str:
-        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "one rank"
+def describe(layout: Layout) -> str:
+    sizes = {f.name: getattr(layout, f.name) for f in dataclasses.fields(layout)}
+    return ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "one rank"
 
 
 def parse(text: str) -> Layout:
-    """The layout of `--layout dp_shard=8,tp=2`; what isn't named is 1."""
+    """The layout of `--layout dp_shard=8,tp=2`; what isn't named is 1, dp_shard what is left."""
     names, sizes = [f.name for f in dataclasses.fields(Layout)], {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
@@ -65,20 +31,14 @@ def parse(text: str) -> Layout:
     return Layout(**sizes)
 
 
-def obstacle(config: ModelConfig, layout: Layout, seq_len: int) -> str | None:
-    """Why this model can't be laid out so; None if it can."""
-    c = config
-    for name, size, what, count in (
-        ("tp", layout.tp, "n_heads", c.n_heads), ("tp", layout.tp, "n_kv_heads", c.n_kv_heads),
-        ("pp", layout.pp, "n_layers", c.n_layers),
-        ("ep", layout.ep, "n_experts", c.n_experts if c.moe_layers else 1),
-        ("ep", layout.ep, "dp_shard x cp", layout.shard),
-    ):  # fmt: skip
-        if count % size:
-            return f"{name}={size} does not divide {what} = {count}"
-    if layout.cp > 1 and seq_len % (layout.cp * c.chunk):
-        return f"cp={layout.cp} gives no rank whole chunks of {c.chunk} in rows of {seq_len} tokens"
-    return None
+def check(config: ModelConfig, layout: Layout, world: int, seq_len: int) -> Layout:
+    """The layout with dp_shard known. PunaError: this model, or so many GPUs, can't be laid out so."""
+    try:
+        found = layout.resolve(world)
+        found.check(config, seq_len, found.rows * found.pp, found.pp)
+        return found
+    except PunaError as error:
+        raise PunaError(f"--layout: {error}") from None
 
 
 def divisors(n: int) -> list[int]:
@@ -87,17 +47,20 @@ def divisors(n: int) -> list[int]:
 
 
 def layouts(config: ModelConfig, world: int, seq_len: int, node: int) -> Iterator[Layout]:
-    """All layouts of `world` ranks that the model allows, tensor parallelism kept inside nodes."""
-    for pp in divisors(world):
-        for tp in divisors(world // pp):
-            if tp > node or config.n_layers % pp or config.n_kv_heads % tp:
-                continue
-            for cp in divisors(world // pp // tp):
+    """Layouts of `world` ranks that the model allows: tensor parallelism inside nodes, stages of equal length, of one,
+    two or four runs of blocks."""
+    experts = config.n_experts if config.moe_layers else 1
+    for pp in (n for n in divisors(world) if config.n_layers % n == 0):
+        turns = [v for v in (1, 2, 4) if config.n_layers % (pp * v) == 0] if pp > 1 else [1]
+        for tp in (n for n in divisors(world // pp) if n <= node):
+            for cp in (n for n in divisors(world // pp // tp) if n == 1 or seq_len % (n * config.chunk) == 0):
                 dp = world // pp // tp // cp
                 for dp_shard in (n for n in divisors(dp) if n <= 1024 or n == dp):
-                    for ep in divisors(dp_shard * cp):
-                        layout = Layout(dp // dp_shard, dp_shard, cp, tp, pp, ep)
-                        if obstacle(config, layout, seq_len) is None:
+                    for ep in (n for n in divisors(dp_shard * cp * tp) if experts % n == 0):
+                        for v in turns:
+                            layout = Layout(dp // dp_shard, dp_shard, cp, tp, pp, ep, v)
+                            try:
+                                layout.check(config, seq_len, layout.rows * pp, pp)
+                            except PunaError:
+                                continue
                             yield layout
-                        elif cp > 1 and ep == 1:
-                            break

@@ -14,6 +14,7 @@ from puna.model.lora import LoRAConfig
 from puna.plan.flops import flops_per_tile, flops_per_token, parameter_count
 from puna.plan.footprint import footprint
 from puna.plan.hardware import GIB, Cluster
+from puna.plan.layout import describe
 from puna.plan.memory import PRECISIONS
 from puna.plan.serving import ServingPlan
 from puna.plan.training import TrainingPlan, Work
@@ -57,8 +58,10 @@ def model(console: Console, config: ModelConfig, name: str, cluster: Cluster, se
 
 def training(console: Console, plans: list[TrainingPlan], tokens: float) -> None:
     best = plans[0]
-    console.print(f"\n{best.precision}, {best.layout}: {best.rows:,} rows, {best.tokens:,} tokens a step, "
+    console.print(f"\n{best.precision}, {describe(best.layout)}: {best.rows:,} rows, {best.tokens:,} tokens a step, "
                   f"{best.schedule.micros:,} micro-batches of {best.schedule.rows} on each rank")  # fmt: skip
+    if best.layout.world < best.gpus:
+        console.print(f"{best.layout.world:,} of the {best.gpus:,} GPUs compute; the others are spares, and paid for")
     _memory(console, best)
     if not best.fits:
         return
@@ -75,12 +78,12 @@ def training(console: Console, plans: list[TrainingPlan], tokens: float) -> None
 
 
 def _layouts(console: Console, title: str, plans: list[TrainingPlan]) -> None:
-    head = ("layout", "rows", "recompute", "reshard", "turns", "GB", "step, s", "tokens/s/GPU", "MFU", "$/B tokens")
+    head = ("layout", "rows", "recompute", "GB", "step, s", "tokens/s/GPU", "MFU", "$/B tokens")
     rows = []
     for p in plans:
         s = p.schedule
         again = {0: "none", 1: "all"}.get(s.recompute, f"1 in {s.recompute}")
-        rows.append((str(p.layout), str(s.rows), again, s.reshard if p.layout.shard > 1 else "-", str(s.interleave),
+        rows.append((describe(p.layout), str(s.rows), again,
                      f"{p.used / GB:.1f}", f"{p.step:.3f}", f"{p.tokens_per_second / p.gpus:,.0f}", f"{p.mfu:.1%}",
                      f"{p.dollars(1e9):,.2f}"))  # fmt: skip
     _table(console, title, head, rows)
@@ -104,7 +107,7 @@ def misses(console: Console, config: ModelConfig, made, precisions: list, smalle
     here = "; ".join(f"{p.precision} ({p.used / GB:,.1f} GB a GPU)" for p in precisions)
     console.print(f"on these GPUs: {here or 'no other precision fits either'}")
     where = f"{smallest.gpus:,} of these GPUs" if smallest else "no number of these GPUs that was tried"
-    layout = f" ({smallest.layout})" if isinstance(smallest, TrainingPlan) else ""
+    layout = f" ({describe(smallest.layout)})" if isinstance(smallest, TrainingPlan) else ""
     console.print(
         f"in {made.precision}: {where}{layout}" + (f", {smallest.used / GB:,.1f} GB a GPU" if smallest else "")
     )

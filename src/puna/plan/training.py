@@ -20,12 +20,13 @@ from functools import lru_cache
 from puna.errors import PunaError
 from puna.fields import nearest
 from puna.model import ModelConfig
+from puna.parallel.layout import Layout
 from puna.plan import communication
 from puna.plan.communication import Traffic
 from puna.plan.flops import flops_per_tile, flops_per_token, mean_keys
 from puna.plan.hardware import Cluster
-from puna.plan.layout import Layout, layouts, obstacle
-from puna.plan.memory import PRECISIONS, RESHARD, Schedule, alike, fullest, training_memory
+from puna.plan.layout import layouts
+from puna.plan.memory import PRECISIONS, Schedule, alike, fullest, training_memory
 
 
 @dataclass(frozen=True)
@@ -102,23 +103,16 @@ def stage_flops(config: ModelConfig, pp: int, interleave: int, stage: int, seq_l
     return total
 
 
-def check(config: ModelConfig, cluster: Cluster, work: Work, layout: Layout) -> None:
-    """PunaError: the model, or so many GPUs, can't be laid out so."""
-    reason = obstacle(config, layout, work.seq_len)
-    if reason or layout.world != cluster.count:
-        raise PunaError(f"--layout {layout}: {reason or f'that is {layout.world} ranks, --gpus has {cluster.count}'}")
-
-
 def _fit(config: ModelConfig, cluster: Cluster, work: Work, layout: Layout, schedule: Schedule) -> TrainingPlan:
     """A plan's memory; its time is not known yet."""
-    micros = -(-work.batch // (layout.dp * schedule.rows))
-    if schedule.interleave > 1:
+    micros = -(-work.batch // (layout.rows * schedule.rows))
+    if layout.pp_chunks > 1:
         micros = -(-micros // layout.pp) * layout.pp
     schedule = dataclasses.replace(
         schedule, micros=micros, slice=work.slice, tiles=work.tiles, imbalance=work.imbalance
     )
     memory = training_memory(config, layout, schedule, PRECISIONS[work.precision], work.seq_len)
-    rows = layout.dp * schedule.rows * micros
+    rows = layout.rows * schedule.rows * micros
     return TrainingPlan(layout, schedule, work.precision, cluster.count, rows, rows * work.seq_len, memory,
                         cluster.gpu.usable, {}, price=cluster.gpu.price)  # fmt: skip
 
@@ -127,26 +121,25 @@ def _timed(config: ModelConfig, cluster: Cluster, work: Work, made: TrainingPlan
     c, layout, s, precision = config, made.layout, made.schedule, PRECISIONS[work.precision]
     rate = cluster.gpu.flops(precision.rate)
     per_token = max(
-        stage_flops(c, layout.pp, s.interleave, stage, work.seq_len, s.recompute, s.imbalance)
+        stage_flops(c, layout.pp, layout.pp_chunks, stage, work.seq_len, s.recompute, s.imbalance)
         for stage in fullest(layout)
     )
-    tiles = flops_per_tile(c) * s.tiles * s.rows if c.vision else 0.0
+    tiles = flops_per_tile(c) * s.tiles * s.rows / layout.cp / layout.tp if c.vision else 0.0
     compute = (per_token * s.rows * work.seq_len / layout.cp / layout.tp + tiles) / rate  # of one micro-batch
     traffic = communication.step(c, layout, s, precision, work.seq_len, min(1, layout.pp - 1))
     took = {n: cluster.seconds(t.sent, t.calls, t.group, t.stride, t.exchange) for n, t in traffic.items()}
     hide = cluster.assumptions
     waits = sum(took.get(name, 0.0) for name in ("experts", "tensor", "context", "pipeline")) / s.micros
     waits = max(0.0, waits - hide.overlap_exchange * compute)
-    weights = sum(took.get(name, 0.0) for name in ("FSDP", "FSDP experts", "HSDP"))
-    behind = compute * (1 if s.reshard == "step" else s.micros)  # gathered once: it hides behind the first and the last
-    bubble = (layout.pp - 1) / s.interleave * (compute + waits)
+    weights = sum(took.get(name, 0.0) for name in ("FSDP", "FSDP experts", "FSDP rest", "HSDP"))
+    bubble = (layout.pp - 1) / layout.pp_chunks * (compute + waits)
     numbers = made.memory["parameters"] / precision.master
     touched = 2 * (precision.master + precision.moments) + precision.gradient
     seconds = {
         "compute": compute * s.micros,
         "exchanges": waits * s.micros,
         "bubble": bubble,
-        "weights": max(0.0, weights - hide.overlap * behind),
+        "weights": max(0.0, weights - hide.overlap * compute * s.micros),
         "optimizer": numbers * touched / (cluster.gpu.bandwidth * 1e9),
     }
     useful = flops_per_token(c, work.seq_len) * made.tokens + flops_per_tile(c) * s.tiles * made.rows
@@ -154,27 +147,33 @@ def _timed(config: ModelConfig, cluster: Cluster, work: Work, made: TrainingPlan
     return dataclasses.replace(made, traffic=traffic, seconds=seconds, mfu=useful / sum(seconds.values()) / peak)
 
 
+def used(cluster: Cluster) -> list[int]:
+    """How many of the GPUs a layout may use: all, or the multiples of 2, 4, 8 ... nodes that leave at most one in ten
+    as spares. Numbers such as 32,000 have factors that no dimension of a model has."""
+    whole = cluster.gpu.node * cluster.count // cluster.gpu.node
+    sizes = {cluster.count, *(whole // m * m for m in (cluster.gpu.node * 2**k for k in range(1, 16)))}
+    return sorted((n for n in sizes if n >= 0.9 * cluster.count), reverse=True)
+
+
 def candidates(config: ModelConfig, cluster: Cluster, work: Work, fixed: Layout | None = None,
                recompute: int | None = None) -> Iterator[TrainingPlan]:  # fmt: skip
-    """Plans that are worth timing: of every layout and micro-batch the schedules that fit with the least recomputed; of
-    a layout in which nothing fits, the smallest one."""
-    for layout in [fixed] if fixed else layouts(config, cluster.count, work.seq_len, cluster.gpu.node):
-        turns = [v for v in (1, 2, 4) if (config.n_layers // layout.pp) % v == 0] if layout.pp > 1 else [1]
-        modes = RESHARD if layout.shard > 1 else RESHARD[:1]
-        for rows, v in ((rows, v) for rows in (1, 2, 4) for v in turns):
-            turn = rows * layout.dp * (layout.pp if v > 1 else 1)  # rows come in multiples of it
+    """Plans that are worth timing: of every layout and micro-batch the one that fits with the least recomputed; of a
+    layout in which nothing fits, the smallest one."""
+    levels = (0, 4, 2, 1) if recompute is None else (recompute,)
+    worlds = [] if fixed else used(cluster)
+    for layout in [fixed] if fixed else (x for n in worlds for x in layouts(config, n, work.seq_len, cluster.gpu.node)):
+        for rows in (1, 2, 4):
+            turn = rows * layout.rows * (layout.pp if layout.pp_chunks > 1 else 1)  # rows come in multiples of it
             if -(-work.batch // turn) * turn > 1.25 * work.batch and not fixed:
-                continue
-            levels = (0, 2, 1) if recompute is None else (recompute,)
-            smallest = _fit(config, cluster, work, layout, Schedule(rows, 1, levels[-1], modes[0], v))
+                break
+            smallest = _fit(config, cluster, work, layout, Schedule(rows, recompute=levels[-1]))
             if not smallest.fits:
                 yield smallest
                 break
             for again in levels:
-                plans = [_fit(config, cluster, work, layout, Schedule(rows, 1, again, mode, v)) for mode in modes]
-                fitting = [made for made in plans if made.fits]
-                yield from fitting
-                if fitting:
+                made = _fit(config, cluster, work, layout, Schedule(rows, recompute=again))
+                if made.fits:
+                    yield made
                     break
 
 
