@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -85,6 +86,17 @@ def test_words_and_grams_are_those_of_the_literal_reference(n):
     assert len(set(known.values())) == len(known)
     alone = [grams.grams(grams.words([each]), n)[0] for each in texts]
     np.testing.assert_array_equal(np.concatenate(alone), hashes)  # a batch is its documents
+
+
+def test_every_letter_is_looked_up_as_the_reference_folds_it():
+    letters = [c for c in map(chr, range(1, 0x110000)) if unicodedata.category(c) not in ("Cn", "Co", "Cs")]
+    texts = ["q" + "q ".join(letters[at : at + 500]) for at in range(0, len(letters), 500)]
+    found = grams.words(texts)
+    names, numbers = [w for each in texts for w in heldout.words(each)], found.hashes.tolist()
+    assert len(names) == len(numbers)
+    assert len(set(names)) == len(set(numbers)) == len(set(zip(names, numbers, strict=True)))
+    as_composed = grams.words([unicodedata.normalize("NFC", each) for each in texts], composed=True)
+    np.testing.assert_array_equal(as_composed.hashes, found.hashes)
 
 
 def test_minhash_estimates_the_jaccard_index():
