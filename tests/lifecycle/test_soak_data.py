@@ -2,9 +2,10 @@
 
 Five kills here (PUNA_SOAK=N, `-m slow`: 50), four of five at the build. It runs with one worker or two, and what dies
 is the command or one of its workers. Moments: a third lie anywhere in the time that an undisturbed command takes,
-start-up included; the others between the first file it writes and its end. What was killed is begun again until it is
-done; then every file is compared with the undisturbed result, and the next kill meets a new one. The conversions are of
-weights large enough (0.7 GB) that their journal is written on the way.
+start-up included; a third between the first file it writes and its end; a third soon after it has kept something, so
+that there is something to go on with. What was killed is begun again until it is done; then every file is compared with
+the undisturbed result, and the next kill meets a new one. The conversions are of weights large enough (0.7 GB) that
+their journal is written on the way.
 """
 
 import gzip
@@ -72,10 +73,13 @@ def contents(folder: Path) -> dict[str, str]:
             for path in folder.rglob("*") if path.is_file()}  # fmt: skip
 
 
-def moments(work: Path) -> dict[Path, int]:
+KEPT = ("*/*.json", ".journal.json")  # what says that a unit, a part or a parameter is done
+
+
+def moments(work: Path, patterns: tuple[str, ...] = ("**/*",)) -> dict[Path, int]:
     """When each file of a folder was last written; a file may go while it is looked at."""
     found = {}
-    for path in work.rglob("*") if work.exists() else ():
+    for path in [path for pattern in patterns for path in work.glob(pattern)] if work.exists() else ():
         try:
             found[path] = path.stat().st_mtime_ns
         except FileNotFoundError:
@@ -121,10 +125,13 @@ class Soaked:
 
     def kill(self, rand: random.Random, extra: list[str]) -> bool:
         """One command and one kill; whether it fell into it."""
-        before, early = moments(self.work), rand.random() < 0.33
-        delay = rand.uniform(0.1, self.took) if early else rand.uniform(0, self.took - self.start)
-        process, worker = begin(self.folder, *self.words, *extra), rand.random() < 0.3
-        while not early and moments(self.work) == before and process.poll() is None:
+        aim = rand.choice(("any time", "writing", "kept"))
+        delay = {"any time": rand.uniform(0.1, self.took), "writing": rand.uniform(0, self.took - self.start),
+                 "kept": rand.uniform(0, 0.2)}[aim]  # fmt: skip
+        patterns = KEPT if aim == "kept" else ("**/*",)
+        before, worker = moments(self.work, patterns), rand.random() < 0.3
+        process = begin(self.folder, *self.words, *extra)
+        while aim != "any time" and moments(self.work, patterns) == before and process.poll() is None:
             time.sleep(0.002)
         until = time.monotonic() + delay
         while time.monotonic() < until and process.poll() is None:
