@@ -117,7 +117,8 @@ def clip_gradients(model: Llama4, clip: float) -> tuple[Tensor, dict[str, float]
     parameters = [p for _, p in named]
     norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
     total = torch.linalg.vector_norm(norms)
-    torch.nn.utils.clip_grads_with_norm_(parameters, clip, total)
+    if total + 1e-6 > clip:  # else all gradients would be read and written to be multiplied by 1
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, total)
     squares: dict[str, float] = {}
     for (name, _), norm in zip(named, norms.tolist(), strict=True):
         squares[part_of(name)] = squares.get(part_of(name), 0.0) + norm * norm
