@@ -311,7 +311,8 @@ def main() -> None:
                 ours_tokens_per_second=[tokens_in_step / ours["seconds"] for ours, _ in pairs],
                 peer_tokens_per_second=[tokens_in_step / peer["seconds"] for _, peer in pairs],
                 cpu_ratio=statistics.median(peer / ours for ours, peer in take("cpu")),
-                ours_cpu_seconds=[a for a, _ in take("cpu")], peer_cpu_seconds=[b for _, b in take("cpu")]))  # fmt: skip
+                ours_cpu_seconds=[ours for ours, _ in take("cpu")],
+                peer_cpu_seconds=[peer for _, peer in take("cpu")]))  # fmt: skip
         add(row(f"{part}/peak memory", take("peak"), "peer / ours, bytes", 1.0, **about))
     if args.only in (None, "nano"):
         some = NANO_ROWS // 4 if args.quick else NANO_ROWS
