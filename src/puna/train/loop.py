@@ -26,6 +26,7 @@ from puna.errors import PunaError
 from puna.model import Llama4
 from puna.optim.adamw import build_adamw, set_lr
 from puna.optim.schedule import anneal, wsd
+from puna.precision import fp8_training
 from puna.train import checkpoint, memory
 from puna.train.config import TrainConfig
 from puna.train.metrics import Display, MetricsFile, NoMetrics
@@ -124,6 +125,7 @@ def train(job: Job) -> Llama4:
     model.recompute = config.recompute
     if run and run["finished"]:
         return _finish(model, balancer)
+    fp8_training.attach(model, config.fp8)
     if kept:
         memory.grow_heap(config.heap_mb << 20)
     title = f"{job.folder.resolve().parent.name}/{job.name}"
@@ -145,6 +147,7 @@ def train(job: Job) -> Llama4:
 
 def _finish(model: Llama4, balancer: Balancer) -> Llama4:
     balancer.detach()
+    fp8_training.detach(model)
     return model.eval()
 
 
