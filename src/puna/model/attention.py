@@ -175,13 +175,16 @@ def attend(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, mask: Tensor | None =
 
     mask: additive, [B, 1, T, S] for S keys; it says everything, `causal` counts only without one (S == T).
     torch's fused kernel everywhere, but for bfloat16 over short rows on a CPU: there its backward runs far below the
-    matrix units' speed, and two batched products around a softmax are 2-4 x faster (docs/LOG.md).
+    matrix units' speed, and two batched products around a softmax are 2-4 x faster (docs/LOG.md). On a GPU the kernel
+    that takes a mask takes no grouped heads: keys are repeated, or torch would write out all scores instead.
     """
     T = q_BTHd.shape[1]
     if q_BTHd.dtype == torch.bfloat16 and q_BTHd.device.type == "cpu" and T <= EXPLICIT_UP_TO:
         return _explicit(q_BTHd, k_BTKd, v_BTKd, _causal(T, q_BTHd.dtype) if mask is None and causal else mask)
     q, k, v = (t.transpose(1, 2) for t in (q_BTHd, k_BTKd, v_BTKd))
     causal = causal and mask is None
+    if mask is not None and q.is_cuda:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
     return out.transpose(1, 2)
 
