@@ -33,7 +33,6 @@ import time
 from pathlib import Path
 
 import torch
-from puna.eval.flops import flops_per_token
 
 from puna.convert.hf_config import config_to_hf
 from puna.convert.huggingface import pieces

@@ -14,7 +14,6 @@ from puna.engine.sampler import Sampling
 from puna.engine.text import TextStream
 from puna.errors import PunaError
 from puna.model.config import ModelConfig
-from puna.processor import StreamDecoder
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,11 @@ class Running:
             raise PunaError(f"stop_ids: token ids must lie in 0..{config.vocab_size - 1}")
         if sampling.stop and processor is None:
             raise PunaError("stop: this model has no tokenizer, so it makes no text to stop at; use stop_ids")
-        own = () if processor is None else processor.tokenizer.stop_ids
+        own, decoder = (), None
+        if processor is not None:
+            from puna.processor import StreamDecoder  # a model without a processor decodes on a bare machine
+
+            own, decoder = processor.tokenizer.stop_ids, StreamDecoder(processor.tokenizer)
         return cls(
             id=id,
             prompt=prompt,
@@ -165,7 +168,7 @@ class Running:
             limit=room if sampling.max_tokens is None else sampling.max_tokens,
             stop_ids=frozenset(own) | frozenset(sampling.stop_ids),
             generator=sampling.generator(),
-            stream=TextStream(None if processor is None else StreamDecoder(processor.tokenizer), sampling.stop),
+            stream=TextStream(decoder, sampling.stop),
             sink=sink,
             patch_at=np.flatnonzero(prompt.tokens == config.patch_token) if prompt.tiles is not None else np.empty(0),
         )

@@ -8,6 +8,8 @@ computed. The probabilities P are kept for the backward, B * H * T * (T + BLOCK)
     dV = P^T dO        dP = dO V^T        dS = P * (dP - sum over keys of dP * P)        dQ = dS K        dK = dS^T Q
 
 The query heads of one key head are rows of one product: [B, T, K * R, d] is worked on as [B * K, T * R, d].
+
+On a GPU the kernel that takes a mask takes no grouped heads: keys are repeated, or torch would write out all scores.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ def attend(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, mask: Tensor | None =
         return _Blocks.apply(q_BTHd, k_BTKd, v_BTKd, mask, causal)
     q, k, v = (t.transpose(1, 2) for t in (q_BTHd, k_BTKd, v_BTKd))
     causal = causal and mask is None
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+    if mask is not None and q.is_cuda:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    grouped = k.shape[1] < q.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 

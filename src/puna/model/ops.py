@@ -1,8 +1,7 @@
 """The few operations everything else is made of, and the seams where precision and devices plug in.
 
-`linear` and `expert_mm` are module-level names that callers reach as `ops.linear` / `ops.expert_mm`, so that FP8
-versions can replace them in one place; a weight that is no tensor but a `Weight` (weights.py: int8, int4, with an
-adapter) does its own product.
+`linear` and `expert_mm` are the seam of precision: a weight that is no tensor does its own product (weights.py: int8,
+int4, with an adapter; precision/fp8_training.py: a parameter that multiplies in FP8 while it is trained).
 
 **Mixed precision without autocast.** Parameters are fp32 master weights; activations carry the compute dtype. A
 linear layer casts its weight to the activations' dtype, and autograd's cast back gives the weight an fp32 gradient.
@@ -32,7 +31,7 @@ from puna.model.weights import Weight
 
 def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None) -> Tensor:
     """x [..., D_in] @ weight[D_out, D_in]^T (+ bias) in x's dtype."""
-    if isinstance(weight, Weight):
+    if not isinstance(weight, Tensor):
         return weight.linear(x, bias)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -119,7 +118,7 @@ def expert_mm(x_TD: Tensor, w_EDF: Tensor | Weight, counts_E: Tensor) -> Tensor:
 
     Errors: counts that do not sum to T (CPU path) raise ValueError; on CUDA they are the caller's contract.
     """
-    if isinstance(w_EDF, Weight):
+    if not isinstance(w_EDF, Tensor):
         return w_EDF.expert_mm(x_TD, counts_E)
     if x_TD.is_cuda:
         return F.grouped_mm(x_TD, w_EDF.to(x_TD.dtype), offs=counts_E.cumsum(0).to(torch.int32))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from puna.errors import PunaError
 from puna.optim import OPTIMIZERS
 from puna.optim.adamw import GROUPS
+from puna.precision.fp8_training import RECIPES
 from puna.train.balance import BALANCING
 
 
@@ -39,7 +40,8 @@ class TrainConfig:
     balance: float | None = None  # its strength: update a step, weight of the loss, experts a token; 0: none
     max_skips: int = 5  # consecutive non-finite steps before the run stops
     recompute: int = 0  # every n-th block's activations are computed again in the backward, to save memory; 0: none
-    compute_dtype: str = "auto"  # auto | bfloat16 | float32
+    compute_dtype: str = "auto"  # of activations: auto | bfloat16 | float32
+    fp8: str = "off"  # large products in FP8: off | rowwise | tensorwise | mxfp8 (precision/fp8_training.py)
     threads: int = 0  # 0: all cores
     heap_mb: int = 0  # MiB of heap mapped before the first step (train/memory.py); about what a step needs
     slice: int = 1024  # positions per slice of the loss
@@ -75,6 +77,8 @@ class TrainConfig:
             raise PunaError(f"train.balance must be 0 (none) or more, not {self.balance}")
         if self.compute_dtype not in ("auto", "bfloat16", "float32"):
             raise PunaError(f"train.compute_dtype must be auto, bfloat16 or float32, got {self.compute_dtype!r}")
+        if self.fp8 not in ("off", *RECIPES):
+            raise PunaError(f"train.fp8 must be off, {', '.join(RECIPES)}, got {self.fp8!r}")
 
     @property
     def multipliers(self) -> dict[str, float]:

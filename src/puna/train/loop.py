@@ -27,6 +27,7 @@ from puna.model import Llama4
 from puna.optim import OPTIMIZERS
 from puna.optim.adamw import set_lr
 from puna.optim.schedule import anneal, wsd
+from puna.precision import fp8_training
 from puna.train import checkpoint, memory
 from puna.train.balance import BALANCING, Balancer, balance_metrics
 from puna.train.config import TrainConfig
@@ -131,6 +132,7 @@ def train(job: Job) -> Llama4:
     model.recompute = config.recompute
     if run and run["finished"]:
         return _finish(model, balancer)
+    fp8_training.attach(model, config.fp8)
     if kept:
         memory.grow_heap(config.heap_mb << 20)
     title = f"{job.folder.resolve().parent.name}/{job.name}"
@@ -152,6 +154,7 @@ def train(job: Job) -> Llama4:
 
 def _finish(model: Llama4, balancer: Balancer) -> Llama4:
     balancer.detach()
+    fp8_training.detach(model)
     return model.eval()
 
 

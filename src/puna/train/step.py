@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from puna.data import Batch
 from puna.model import Llama4
 from puna.train.balance import Routes, router_metrics
 from puna.train.terms import Term
 
-if TYPE_CHECKING:  # one process needs no torch.distributed
+if TYPE_CHECKING:  # one process needs no torch.distributed, a step no pictures
+    from puna.data import Batch
     from puna.parallel.mesh import Mesh
 
 

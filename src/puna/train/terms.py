@@ -9,15 +9,17 @@ a picture's tokens show another; DPO, RL and distillation are others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puna.data import Batch
 from puna.model import Llama4
 from puna.model.fusion import fuse
+
+if TYPE_CHECKING:
+    from puna.data import Batch
 
 
 class Term(Protocol):
