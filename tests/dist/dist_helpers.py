@@ -15,7 +15,7 @@ CHUNK, T, ROWS, PATCH, TILE_TOKENS = 16, 64, 4, 3, 4
 KINDS = {
     "scout": dict(n_experts=4, moe_step=1, qk_norm=True),
     "maverick": dict(n_experts=8, moe_step=2, qk_norm=False),
-    "sixteens": dict(n_experts=4, moe_step=2, qk_norm=True, expert_width=32, dense_width=48),  # sizes that FP8 needs
+    "sixteens": dict(n_experts=4, moe_step=2, qk_norm=True, expert_width=32, dense_width=64),  # sizes that FP8 needs
 }
 
 
