@@ -173,7 +173,7 @@ def measure_peer(experts: int, micro: int, attention: str, budget: float) -> dic
 
 def measure_agreement() -> dict:
     """Relative differences of loss and gradient norm, ours and the peer's, at the same weights in float32."""
-    config, tokens_BT = peer_config(16), tokens(2, LENGTH)
+    config, tokens_BT = peer_config(16), tokens(1, LENGTH)
     ours, peer = Llama4(config).train(), make_peer(config, "sdpa")
     state = peer.state_dict()
     with torch.no_grad():
