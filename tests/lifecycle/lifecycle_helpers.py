@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -76,6 +77,21 @@ def interrupt(process: subprocess.Popen, number: int) -> str:
     assert process.poll() is None, f"the command ended before signal {number}"
     process.send_signal(number)
     return process.communicate()[1]
+
+
+def killed(folder, words, delay, after=lambda: True):
+    """Starts a command, waits for `after`, then `delay` seconds, and kills it; False if it was done before that."""
+    process = begin(folder, *words)
+    while not after() and process.poll() is None:
+        time.sleep(0.002)
+    try:
+        process.communicate(timeout=delay)
+    except subprocess.TimeoutExpired:
+        interrupt(process, signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+        return True
+    assert process.returncode == 0, "the command failed by itself"
+    return False
 
 
 def losses(stage: Path) -> list[dict]:

@@ -2,38 +2,18 @@
 
 Five kills here; PUNA_SOAK=N (or `-m slow`: 50) spreads N over the stages and the conversion. Moments are drawn from the
 whole time a command takes, start-up, data, steps, checkpoints, evaluation and report included, and from the same seed
-each time it is run with the same N; the time a kill really falls into is the machine's own.
+each time it is run with the same N; the time a kill really falls into is the machine's own. test_soak_data.py does the
+same to the building of corpora and to larger conversions.
 """
 
-import os
 import random
 import shutil
-import signal
-import subprocess
 import time
 
-import pytest
-from lifecycle_helpers import begin, checkpoints, differing, interrupt, losses, puna, same_course
+from lifecycle_helpers import checkpoints, differing, killed, losses, puna, same_course
 
 STAGES = {"pretrain": 60, "midtrain": 24, "sft": 24}
 PARTS = (*STAGES, "convert")
-KILLS = [pytest.param(int(os.environ.get("PUNA_SOAK", "5")), id="some"),
-         pytest.param(50, id="fifty", marks=pytest.mark.slow)]  # fmt: skip
-
-
-def killed(folder, words, delay, after=lambda: True):
-    """Starts a command, waits for `after`, then `delay` seconds, and kills it; False if it was done before that."""
-    process = begin(folder, *words)
-    while not after() and process.poll() is None:
-        time.sleep(0.002)
-    try:
-        process.communicate(timeout=delay)
-    except subprocess.TimeoutExpired:
-        interrupt(process, signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
-        return True
-    assert process.returncode == 0, "the command failed by itself"
-    return False
 
 
 def progress(run):
@@ -97,10 +77,7 @@ def soak_a_conversion(whole, folder, rand, count):
     return done
 
 
-@pytest.mark.parametrize("kills", KILLS)
-def test_killed_at_random_moments_everything_ends_bitwise_the_same(whole, tmp_path, kills, request):
-    if kills == 50 and "slow" not in (request.config.getoption("-m") or ""):
-        pytest.skip("fifty kills take a quarter of an hour: -m slow, or PUNA_SOAK=N")
+def test_killed_at_random_moments_everything_ends_bitwise_the_same(whole, tmp_path, kills):
     rand = random.Random(kills)
     each = {part: kills // len(PARTS) + (i < kills % len(PARTS)) for i, part in enumerate(PARTS)}
     print(f"{kills} kills: {each}")

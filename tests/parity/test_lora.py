@@ -91,18 +91,18 @@ def test_resumed_is_bitwise_the_same(trained, monkeypatch):
     class Killed(Exception):
         pass
 
-    original = loop.checkpoint.save
+    original = loop.checkpoint.Saver.save
 
-    def save_and_die(stage, step, *rest):
-        original(stage, step, *rest)
+    def save_and_die(saver, step, *rest):
+        original(saver, step, *rest)
         if step == 4:
             raise Killed
 
-    monkeypatch.setattr(loop.checkpoint, "save", save_and_die)
+    monkeypatch.setattr(loop.checkpoint.Saver, "save", save_and_die)
     words = ("--train.checkpoint_every", "2")
     with pytest.raises(Killed):
         train(monkeypatch, folder, "again", *words)
-    monkeypatch.setattr(loop.checkpoint, "save", original)
+    monkeypatch.setattr(loop.checkpoint.Saver, "save", original)
     assert train(monkeypatch, folder, "again", *words) == 0
     one, two = (load_file(next((folder / "runs" / n / "sft").glob("step-*6")) / file)
                 for n in ("lora", "again") for file in ("adapter.safetensors",))  # fmt: skip
@@ -215,6 +215,79 @@ def test_lora_over_a_quantised_checkpoint(base, monkeypatch):  # noqa: F811
     full = puna.load(folder / "runs" / "full-q4")[0]
     assert len(list(full.parameters())) == len(list(model.parameters()))
     assert_same(forward(full, model.config), forward(puna.load(folder / "q4")[0], model.config))
+
+
+# ------------------------------------------------------------------------------------------------------------- bfloat16
+
+
+def stored_as(folder):
+    """Every tensor of a folder's safetensors files."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("wish", ["stored", "bfloat16"])
+def test_lora_over_bfloat16(base, monkeypatch, wish):  # noqa: F811
+    """As stored, or rounded while it is read: the base stays bfloat16 and what it was, adapters and moments are
+    float32. The model is W + (alpha / r) B A written out; merged it is that sum, rounded once, in transformers too. To
+    a base that was only held as bfloat16, what is exported is added as it is stored."""
+    model, folder = base
+    if not (folder / "hf16").exists():
+        assert command(monkeypatch, folder, "convert", "hf", "hf16", "--to", "hf", "--dtype", "bfloat16") == 0
+    init = "hf16" if wish == "stored" else "hf"
+    before = stored_as(folder / init)
+    assert {t.dtype for t in before.values()} == {torch.bfloat16 if wish == "stored" else torch.float32}
+    assert train(monkeypatch, folder, f"over-{wish}", "--lora.base", wish, init=init) == 0
+    after = stored_as(folder / init)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    stage = folder / "runs" / f"over-{wish}" / "sft"
+    lines = [line["loss"] for line in read(stage / "metrics.jsonl") if "loss" in line]
+    assert lines[-1] < lines[0]
+    (step,) = stage.glob("step-*")
+    kept = load_file(step / "adapter.safetensors"), load_file(step / "optimizer.safetensors")
+    assert {t.dtype for t in kept[0].values()} == {torch.float32}
+    assert {t.dtype for name, t in kept[1].items() if "exp_avg" in name} == {torch.float32}
+
+    tuned, _ = puna.load(folder / "runs" / f"over-{wish}", dtype=torch.bfloat16)
+    if wish == "stored":
+        assert {p.dtype for n, p in puna.load(folder / "runs" / "over-stored")[0].named_parameters()
+                if not n.endswith((".A", ".B"))} == {torch.bfloat16}  # fmt: skip
+    rounded = {name: p.to(torch.bfloat16) for name, p in model.named_parameters()}
+    literal, merged, exported = {}, {}, {}
+    for name, weight in plain(tuned).items():
+        adapter = weight if isinstance(weight, lora.LoRA) else None
+        own = weight if adapter is None else weight.base
+        assert own.dtype == torch.bfloat16 and torch.equal(own, rounded[name]), name
+        stored = (rounded if wish == "stored" else dict(model.named_parameters()))[name].detach().float()
+        change = torch.zeros(())
+        if adapter is not None:
+            A, B = adapter.A.detach(), adapter.B.detach()  # noqa: N806
+            assert A.dtype == B.dtype == torch.float32
+            change = B @ A if A.dim() == 2 else torch.stack([a @ b for a, b in zip(A, B, strict=True)])
+            change = adapter.scale * change
+        literal[name] = own.detach().float() + change
+        merged[name], exported[name] = (sum_.to(torch.bfloat16) for sum_ in (literal[name], stored + change))
+    reference = strong_model(model.config)
+    reference.load_state_dict(literal)
+    in_bf16, tuned.compute_dtype = forward(tuned, model.config), torch.float32
+    logits = forward(tuned, model.config)
+    assert_same(logits, forward(reference, model.config))
+    reference.compute_dtype = torch.bfloat16  # whose activations are rounded alike, though its sums are not
+    theirs = forward(reference, model.config)
+    ours, noise, change = (((each - logits).norm(dim=-1) / logits.norm(dim=-1)).median()  # some tokens change experts
+                           for each in (in_bf16, theirs, forward(model, model.config)))  # fmt: skip
+    assert ours < 2 * noise < change
+
+    words = ("convert", f"runs/over-{wish}")
+    target = f"over-{wish}-hf"
+    assert command(monkeypatch, folder, *words, target, "--to", "hf", "--dtype", "bfloat16") == 0
+    assert {t.dtype for t in stored_as(folder / target).values()} == {torch.bfloat16}
+    written = puna.load(folder / target)[0]
+    for name, parameter in written.named_parameters():
+        assert torch.equal(parameter, exported[name]), name
+    lora.merge(tuned)
+    assert all(torch.equal(p, merged[name]) for name, p in tuned.named_parameters())
+    tokens, tiles = with_pictures(model.config, 3 * CHUNK + 5)
+    assert_same(hf_logits(from_transformers(folder / target), tokens, tiles), forward(written.float(), model.config))
 
 
 # ----------------------------------------------------------------------------------------------------------------- PEFT

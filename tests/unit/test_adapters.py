@@ -13,6 +13,8 @@ from puna.model import Llama4, lora, ops
 from puna.model.lora import LoRA, LoRAConfig
 from puna.model.weights import matrices, plain
 from puna.precision.quantized import Quantization, Quantized, attach
+from puna.train.step import train_step
+from puna.train.terms import NextToken
 
 ALL = LoRAConfig(rank=3, alpha=6.0, targets=("*",))
 
@@ -199,3 +201,37 @@ def test_over_integers(scheme):
     assert ours.keys() == theirs.keys() and len(ours) > 20
     for name in ours:
         torch.testing.assert_close(ours[name].grad, theirs[name].grad, atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_over_bfloat16():
+    """A step over a bfloat16 base moves the adapters, which are float32 and so are their gradients, and nothing else;
+    each product is the formula with every factor rounded to bfloat16 and every sum not."""
+    model = adapted(model=lively_model(dtype=torch.bfloat16))
+    assert {w.dtype for n, w in plain(model).items()} == {torch.bfloat16}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(lora.adapters(model).values(), lr=1e-2, weight_decay=0.0)
+    result = train_step(model, optimizer, [random_batch()], NextToken(), 1.0, 64)
+    assert not result.skipped and result.grad_norm > 0
+    for name, p in model.named_parameters():
+        is_adapter = name.endswith((".A", ".B"))
+        assert p.dtype == (torch.float32 if is_adapter else torch.bfloat16), name
+        assert torch.equal(p, before[name]) != is_adapter, name
+    assert all(state["exp_avg"].dtype == torch.float32 for state in optimizer.state.values())
+
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([2, 0, 3, 1])
+    weights = plain(model)
+    for weight in (weights["layers.0.attention.wo.weight"], next(w for n, w in weights.items() if "experts" in n)):
+        x = torch.randn(6, weight.shape[1], generator=generator, dtype=torch.bfloat16)
+        y = ops.linear(x, weight) if len(weight.shape) == 2 else ops.expert_mm(x, weight, counts)
+        assert y.dtype == torch.bfloat16
+        W, A, B = (t.detach().to(torch.bfloat16).double() for t in (weight.base, weight.A, weight.B))  # noqa: N806
+        rows, wide = torch.arange(4).repeat_interleave(counts), x.double()
+        if len(weight.shape) == 2:
+            own, change = wide @ W.T, wide @ A.T @ B.T
+        else:
+            own = torch.stack([wide[i] @ W[e] for i, e in enumerate(rows)])
+            change = torch.stack([wide[i] @ A[e] @ B[e] for i, e in enumerate(rows)])
+        scale = float(own.abs().max() + (weight.scale * change).abs().max())
+        torch.testing.assert_close(y.double(), own + weight.scale * change, atol=scale * 2**-7, rtol=0)
+        assert float((weight.scale * change).abs().max()) > scale * 2**-4  # or the adapter would not show

@@ -6,7 +6,7 @@ from training_helpers import lively_model, random_batch, values
 
 from puna.model.moe import moe_layers, record_routes
 from puna.optim.schedule import anneal
-from puna.train.step import Balancer
+from puna.train.balance import Bias
 
 
 def routes(model, batch):
@@ -21,7 +21,7 @@ def adjust(balancer, *counts):
 
 
 def test_the_bias_rises_for_experts_with_too_little_work():
-    balancer = Balancer(lively_model(), 0.01)
+    balancer = Bias(lively_model(), 0.01)
     adjust(balancer, [10, 0, 1, 1], [3, 3, 3, 3])
     # signs -1 +1 +1 +1, re-centred by their mean 1/2
     assert balancer.bias[0].tolist() == pytest.approx([-0.015, 0.005, 0.005, 0.005])
@@ -32,7 +32,7 @@ def test_the_bias_rises_for_experts_with_too_little_work():
 
 
 def test_the_bias_stays_centred():
-    balancer = Balancer(lively_model(), 0.1)
+    balancer = Bias(lively_model(), 0.1)
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         adjust(balancer, *(torch.randint(0, 9, (4,), generator=generator).tolist() for _ in balancer.layers))
@@ -44,7 +44,7 @@ def test_adjusting_evens_the_load():
     with torch.no_grad():
         for layer in moe_layers(model):
             layer.router.weight *= 3
-    balancer = Balancer(model, 0.02)
+    balancer = Bias(model, 0.02)
     loads = []
     for _ in range(200):
         balancer.apply(1.0)
@@ -58,7 +58,7 @@ def test_adjusting_evens_the_load():
 def test_the_bias_fades_out_before_a_stage_ends():
     model, batch = lively_model(), random_batch()
     raw = routes(model, batch)
-    balancer = Balancer(model, 0.01)
+    balancer = Bias(model, 0.01)
     for bias in balancer.bias:
         bias.copy_(torch.tensor([-1.0, -1.0, -1.0, 3.0]))
     shares, applied = [], []
@@ -76,7 +76,7 @@ def test_the_bias_moves_the_choice_in_training_alone():
     model, batch = lively_model(), random_batch()
     raw = routes(model, batch)
     assert len(raw.unique()) > 1
-    balancer = Balancer(model, 0.01)
+    balancer = Bias(model, 0.01)
     for bias in balancer.bias:
         bias.copy_(torch.tensor([0.0, 0.0, 1e4, 0.0]))
     balancer.apply(1.0)
@@ -93,7 +93,7 @@ def test_the_bias_moves_the_choice_in_training_alone():
 def test_the_bias_is_no_part_of_what_an_expert_reads():
     """Where it does not change the choice it changes no bit of the output, nor of the gradient."""
     model, batch = lively_model(), random_batch()
-    balancer = Balancer(model, 0.01)
+    balancer = Bias(model, 0.01)
 
     def run():
         loss = model(batch.tokens_BT, batch.tiles, batch.doc_ids_BT).logsumexp(-1).sum()
@@ -115,7 +115,7 @@ def test_the_bias_is_no_part_of_what_an_expert_reads():
 def test_the_bias_is_no_part_of_the_model():
     model = lively_model()
     names, parameters = set(model.state_dict()), values(model)
-    balancer = Balancer(model, 0.01)
+    balancer = Bias(model, 0.01)
     adjust(balancer, [9, 0, 0, 0], [9, 0, 0, 0])
     balancer.apply(1.0)
     assert set(model.state_dict()) == names == set(parameters) and not list(model.buffers())
@@ -124,7 +124,7 @@ def test_the_bias_is_no_part_of_the_model():
 def test_without_an_update_there_is_no_bias():
     model, batch = lively_model(), random_batch()
     raw = routes(model, batch)
-    balancer = Balancer(model, 0.0)
+    balancer = Bias(model, 0.0)
     balancer.bias[0].copy_(torch.tensor([0.0, 0.0, 1e4, 0.0]))
     balancer.apply(1.0)
     assert torch.equal(routes(model, batch), raw)

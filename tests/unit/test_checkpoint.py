@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import threading
 import warnings
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def test_a_writer_that_fails_leaves_what_was_there(stage, monkeypatch, error):
     state.resume(folder)
     state.step()
     before = sorted(p.name for p in folder.iterdir())
-    monkeypatch.setattr(checkpoint, "write_model", fails)
+    monkeypatch.setattr(checkpoint, "plan_safetensors", fails)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else PunaError) as caught:
         state.save(folder)
     if caught.type is PunaError:
@@ -177,3 +178,71 @@ def test_a_checkpoint_is_a_model_that_loads(tmp_path, tiny_processor):
         assert model.config == config and not model.training and same_model(model, state.tensors())
         assert processor.tokenizer.encode("a fox") == tokenizer.encode("a fox") and processor.image is not None
         assert torch.equal(model(tokens), state.model.eval()(tokens))
+
+
+def test_written_in_a_thread_it_is_the_checkpoint_of_the_step(tmp_path, monkeypatch):
+    """Training goes on while the thread writes: what it writes is what `save` was given, bit for bit."""
+    begun, go_on = threading.Event(), threading.Event()
+    original = checkpoint.plan_safetensors
+
+    def slow(*given):
+        begun.set()
+        assert go_on.wait(30)
+        return original(*given)
+
+    state = State()
+    state.step()
+    state.save(tmp_path / "straight")
+    held = state.tensors()
+    monkeypatch.setattr(checkpoint, "plan_safetensors", slow)
+    with checkpoint.Saver(tmp_path / "thread", asynchronous=True) as saver:
+        target = saver.save(1, False, {"model": state.model.config.to_dict()}, *state.parts)
+        assert begun.wait(30) and not target.exists()
+        state.step()
+        assert changed(held, state.tensors())
+        go_on.set()
+        saver.wait()
+    for file in ("model.safetensors", "optimizer.safetensors", "run.json"):
+        assert (target / file).read_bytes() == (tmp_path / "straight" / target.name / file).read_bytes()
+    again = State(seed=2)
+    assert again.resume(tmp_path / "thread")["step"] == 1 and same(again, held)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("a mistake")])
+def test_an_error_of_the_thread_is_one_of_the_next_save(tmp_path, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    state = State()
+    state.step()
+    record = {"model": state.model.config.to_dict()}
+    monkeypatch.setattr(checkpoint, "plan_safetensors", fails)
+    with checkpoint.Saver(tmp_path, asynchronous=True) as saver:
+        saver.save(1, False, record, *state.parts)
+        with pytest.raises(PunaError, match=f"can't write checkpoint .*step-00000001.*{error.args[-1]}"):
+            saver.save(2, False, record, *state.parts)
+        assert list(tmp_path.iterdir()) == []
+        monkeypatch.undo()
+        saver.save(2, False, record, *state.parts)
+        saver.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_an_interrupted_run_gives_up_what_it_writes(tmp_path, monkeypatch):
+    state = State()
+    with pytest.raises(KeyboardInterrupt), checkpoint.Saver(tmp_path, asynchronous=True) as saver:
+        monkeypatch.setattr(checkpoint.Saver, "_write", lambda saver, job, meeting: meeting.hear("never"))
+        saver.timeout = 600
+        saver.save(1, False, {}, *state.parts)
+        raise KeyboardInterrupt
+    assert not checkpoint.steps(tmp_path) and saver.thread is not None and not saver.thread.is_alive()
+
+
+def test_a_moment_of_another_shape_is_an_error(tmp_path):
+    state = State()
+    state.step()
+    parameter = state.model.norm.weight
+    state.optimizer.state[parameter]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(PunaError, match=r"the optimizer's exp_avg/norm.weight has shape \[3\], its parameter \[32\]"):
+        state.save(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -342,9 +343,32 @@ def test_generate_sends_pictures_and_sampling(puna, engine, tmp_path):
     assert sampling == {"max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": 1}
 
 
+def test_generate_shows_videos_and_pictures_in_their_order(puna, engine, tmp_path, monkeypatch):
+    pages = [Image.new("RGB", (20, 10), color) for color in ("red", "green", "blue")]
+    pages[0].save("red.png")
+    pages[0].save("film.gif", save_all=True, append_images=pages[1:], duration=500)
+    code, out, _ = puna("generate", "m", "What?", "--video", "film.gif", "--image", "red.png", "--frames", "2")
+    assert (code, out) == (0, "forty-two\n")
+    [message], _ = engine.asked[0]
+    assert [part["type"] for part in message["content"]] == ["video", "image", "text"]
+    assert message["content"][0] == {"type": "video", "video": Path("film.gif"), "frames": 2}
+    Path("half.gif").write_bytes(Path("film.gif").read_bytes()[:40])
+    Path("film.mp4").write_bytes(b"\0\0\0\x18ftypisom" + bytes(50))
+    monkeypatch.setitem(sys.modules, "av", None)
+    wrong = {"half.gif": "damaged", "no.gif": "cannot read the video no.gif: No such file",
+             "red.png": "not an MP4, WebM, GIF or WebP", "film.mp4": "pip install 'puna[video]'"}  # fmt: skip
+    for name, why in wrong.items():
+        code, out, err = puna("generate", "m", "What?", "--video", name)
+        assert code == 1 and name in err and why in err and len(err.splitlines()) == 1
+    assert len(engine.asked) == 1, "told before a model is read"
+
+
 def test_chat_keeps_a_conversation(puna, engine, monkeypatch, tmp_path):
     Image.new("RGB", (20, 10), "red").save(tmp_path / "red.png")
-    lines = iter(["one", "/image no.png", "/image red.png", "two", "too long", "stop me", "/new", "three", "/help"])
+    pages = [Image.new("RGB", (20, 10), color) for color in ("red", "green")]
+    pages[0].save("a film.gif", save_all=True, append_images=pages[1:], duration=500)
+    lines = iter(["one", "/image no.png", "/video red.png", "/image red.png", "/video a film.gif", "two", "too long",
+                  "stop me", "/new", "three", "/help"])  # fmt: skip
 
     def typed(prompt):
         try:
@@ -354,12 +378,13 @@ def test_chat_keeps_a_conversation(puna, engine, monkeypatch, tmp_path):
 
     monkeypatch.setattr("builtins.input", typed)
     code, out, _ = puna("chat", "m")
+    assert "red.png: the video is not" in out and "your next message: image, video\n" in out
     assert code == 0 and "no.png" in out and "the context is full" in out and "(stopped)" in out
     roles = [[m["role"][0] for m in messages] for messages, _ in engine.asked]
     # the failed question leaves nothing behind; the stopped answer stays; /new forgets
     assert roles == [["u"], ["u", "a", "u"], ["u", "a", "u", "a", "u"], ["u", "a", "u", "a", "u"], ["u"]]
     assert engine.asked[1][0][1]["content"] == "forty-two"
-    assert [part["type"] for part in engine.asked[1][0][2]["content"]] == ["image", "text"]
+    assert [part["type"] for part in engine.asked[1][0][2]["content"]] == ["image", "video", "text"]
 
 
 def test_one_process_holds_a_run(tmp_path):

@@ -10,7 +10,7 @@ from puna.cli.main import main
 from puna.errors import PunaError
 from puna.eval import plots, report
 from puna.eval.compare import _differences, _run, compare, configuration
-from puna.eval.flops import flops_per_tile, flops_per_token
+from puna.plan.flops import flops_per_tile, flops_per_token
 
 
 def make(folder, rate, tokens, value=None, steps=4):
@@ -109,3 +109,26 @@ def test_layers_over_time_are_a_map(runs):
     parts = charts["Gradient norm by part"]
     assert ">experts</text>" in parts and ">head</text>" in parts
     assert plots.heat("x", [("0", [])], 0, 1) == ""
+
+
+def test_each_way_of_balancing_has_its_map_where_it_was_used(runs):
+    """The bias in the first stage, the auxiliary loss in the second: both on the axis of all charts."""
+    folder = runs[0]
+    path = folder / "pretrain" / "metrics.jsonl"
+    first = [json.loads(text) for text in path.read_text().splitlines()]
+    (folder / "sft").mkdir()
+    for stage, name, values in (("pretrain", "bias", [0.0, 0.5]), ("sft", "auxiliary", [1.0, 1.25])):
+        lines = [each | {"router/layers": each["router/layers"] | {name: values}} for each in first if "loss" in each]
+        (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    charts = dict((str(title), str(chart)) for title, chart in report.charts(folder))
+    bias = charts["Balance bias, largest less smallest, in logits, by layer"]
+    auxiliary = charts["Auxiliary loss, 1 is even, by layer"]
+    assert "Share of tokens that no expert took, by layer" not in charts
+    where = []
+    for chart in (bias, auxiliary):
+        assert re.findall(r'class="heat".*?fill-opacity="([\d.]+)"', chart) == ["0.04"] * 4 + ["1.00"] * 4
+        cells = re.findall(r'class="heat" x="([\d.]+)".*?width="([\d.]+)"', chart)
+        where.append((float(cells[0][0]), max(float(x) + float(width) for x, width in cells)))
+        breaks = [float(x) for x in re.findall(r'class="break" x1="([\d.-]+)"', chart)]
+        assert all(plots.LEFT <= x <= plots.WIDTH - plots.RIGHT for x in breaks) and len(breaks) == 2
+    assert where[0][0] == plots.LEFT and where[0][1] < where[1][0] + 70 < 400, where

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -85,6 +86,17 @@ def test_words_and_grams_are_those_of_the_literal_reference(n):
     assert len(set(known.values())) == len(known)
     alone = [grams.grams(grams.words([each]), n)[0] for each in texts]
     np.testing.assert_array_equal(np.concatenate(alone), hashes)  # a batch is its documents
+
+
+def test_every_letter_is_looked_up_as_the_reference_folds_it():
+    letters = [c for c in map(chr, range(1, 0x110000)) if unicodedata.category(c) not in ("Cn", "Co", "Cs")]
+    texts = ["q" + "q ".join(letters[at : at + 500]) for at in range(0, len(letters), 500)]
+    found = grams.words(texts)
+    names, numbers = [w for each in texts for w in heldout.words(each)], found.hashes.tolist()
+    assert len(names) == len(numbers)
+    assert len(set(names)) == len(set(numbers)) == len(set(zip(names, numbers, strict=True)))
+    as_composed = grams.words([unicodedata.normalize("NFC", each) for each in texts], composed=True)
+    np.testing.assert_array_equal(as_composed.hashes, found.hashes)
 
 
 def test_minhash_estimates_the_jaccard_index():
@@ -171,6 +183,16 @@ def test_languages_are_told_apart(tmp_path):
     made = built(tmp_path, jsonl(tmp_path / "a.jsonl", rows), max_repeats=1.0, min_letters=0.0)
     right = sum(row["id"] == f"a/{row['lang']}" for row in made.rows())
     assert right >= 11
+
+
+def test_few_characters_tell_the_language_in_capitals_too_and_doubt_asks_for_more():
+    texts = [(lang, each) for lang in nursery.LANGUAGES for each in nursery.texts(lang, "val")]
+    for written in (str, str.upper):
+        right = sum(clean.language(written(each))[0] == lang for lang, each in texts)
+        assert right >= len(texts) - 1, f"{right} of {len(texts)}"
+    german = next(each for lang, each in texts if lang == "de")[:400]
+    assert clean.language("0123 4567 89. " * 5)[0] != "de"
+    assert clean.language("0123 4567 89. " * 5 + german)[0] == "de", "the first 64 characters are no language"
 
 
 def test_text_is_cleaned(tmp_path):

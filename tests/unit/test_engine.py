@@ -7,10 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from puna.cli.main import main
+from puna.convert.puna import save
 from puna.engine import Engine, EngineThread, Prompt, Sampling
 from puna.errors import PunaError
 from puna.model import Llama4
 from puna.model.config import ModelConfig, VisionConfig
+from puna.processor.video import read_video
 
 C = 32
 
@@ -423,3 +426,23 @@ def test_thread_abort_refuse_fail_close(engine, monkeypatch):
     served.close()
     assert list(handle)[-1].finish_reason == "abort" and not served.alive
     served.close()
+
+
+def test_generate_sees_a_video(model, tiny_processor, tmp_path, capsys):
+    """`puna generate --video` answers as the engine does to the frames behind their times, and to other frames not."""
+    save(model, tiny_processor, tmp_path / "model")
+    pages = [picture(i, (24, 24)) for i in range(9)]
+    pages[0].save(tmp_path / "film.webp", save_all=True, append_images=pages[1:], duration=700, lossless=True)
+
+    def said(frames):
+        words = ["generate", str(tmp_path / "model"), "What is it?", "--video", str(tmp_path / "film.webp"),
+                 "--frames", str(frames), "--max-tokens", "12"]  # fmt: skip
+        assert main(words) == 0
+        return capsys.readouterr().out
+
+    parts = []
+    for frame in read_video(tmp_path / "film.webp", 3, side=16):
+        parts += [{"type": "text", "text": f"[{frame.time}]"}, {"type": "image", "image": frame.picture}]
+    asked = {"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}
+    expected = "".join(Engine(model, tiny_processor, max_batch=1).stream([asked], max_tokens=12, temperature=0.0))
+    assert len(parts) == 6 and said(3) == expected + "\n" != said(2)

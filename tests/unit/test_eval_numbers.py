@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from puna.errors import PunaError
 from puna.eval import bits_per_byte, bpb_evaluation, nll, unigram_bits_per_byte
-from puna.eval.flops import flops_per_tile, flops_per_token, mean_keys, parameter_count
 from puna.model import Llama4, ModelConfig, VisionConfig, preset
+from puna.plan.flops import flops_per_tile, flops_per_token, mean_keys, parameter_count
 
 EYE = VisionConfig(image_size=16, patch_size=4, width=64, layers=2, heads=4, mlp_width=256, adapter_width=64)
 TEXTS = ["The cat sat.", "Grüße, नमस्ते und 12 + 34 = 46! " * 3, "x", ""]

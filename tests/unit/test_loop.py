@@ -200,6 +200,15 @@ def test_a_finished_run_returns_at_once(tmp_path):
     assert checkpoint.steps(tmp_path) == [tmp_path / "step-00000008"]
 
 
+def test_checkpoints_beside_training_end_in_the_same_weights(tmp_path):
+    whole = values(train(job(tmp_path / "whole")))
+    with pytest.raises(Crash):
+        train(job(tmp_path / "run", source=until(5, crash), checkpoint_async=True))
+    assert not changed(whole, values(train(job(tmp_path / "run", checkpoint_async=True))))
+    assert [p.name for p in checkpoint.steps(tmp_path / "run")] == ["step-00000008"]
+    assert not list((tmp_path / "run").glob(".step-*"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [3, 7])  # in the middle, and in the last step
 def test_a_signal_finishes_the_step_and_saves(tmp_path, number, step):
@@ -228,7 +237,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    run = job(tmp_path, source=until(3, lambda: monkeypatch.setattr(checkpoint, "write_model", full)))
+    run = job(tmp_path, source=until(3, lambda: monkeypatch.setattr(checkpoint, "plan_safetensors", full)))
     with pytest.raises(PunaError, match="step-00000004.*No space left.*run again"):
         train(run)
     monkeypatch.undo()

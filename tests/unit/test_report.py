@@ -15,10 +15,10 @@ from PIL import Image
 
 from puna.errors import PunaError
 from puna.eval import Sample, plots, report
-from puna.eval.flops import flops_per_tile, flops_per_token
 from puna.eval.record import capability, read_report
 from puna.eval.rows import bits_row, chance_row, missing_row, share_row
 from puna.model import ModelConfig, VisionConfig
+from puna.plan.flops import flops_per_tile, flops_per_token
 from puna.processor import format_box
 from puna.tasks import Grounding, Item, Naming
 from puna.tasks.base import assistant, user

@@ -41,6 +41,32 @@ def test_files_laid_out_and_filled_in_rows_are_what_the_library_reads(tmp_path, 
             assert file.metadata() == {"format": "pt"}
 
 
+BLOCKS = [(slice(1, 3), slice(0, 2), slice(0, 3)), (slice(0, 4), slice(1, 2), slice(0, 3)),
+          (slice(1, 4), slice(0, 2), slice(1, 2)), (slice(0, 4), slice(0, 2), slice(0, 3)),
+          (slice(2, 2), slice(0, 2), slice(0, 3))]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", BLOCKS, ids=range(len(BLOCKS)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_is_read_and_written_and_nothing_beside_it(tmp_path, where, dtype):
+    table = plan_safetensors(tmp_path / "x.safetensors", {n: (dtype, (4, 2, 3)) for n in "abc"})
+    whole = torch.arange(24.0).view(4, 2, 3).to(dtype) - 30
+    for stored in table.values():
+        stored.write(0, whole)
+    expected = whole.clone()
+    expected[where] *= 7
+    table["b"].write_block(where, whole[where] * 7)
+    read = load_file(tmp_path / "x.safetensors")
+    assert torch.equal(read["b"], expected) and torch.equal(read["a"], whole) and torch.equal(read["c"], whole)
+    assert torch.equal(table["b"].read_block(where), expected[where])
+
+
+def test_the_block_of_a_number_without_dimensions(tmp_path):
+    table = plan_safetensors(tmp_path / "x.safetensors", {n: (torch.float32, ()) for n in "ab"})
+    table["b"].write_block((), torch.tensor(3.0))
+    assert table["b"].read_block(()) == 3 and table["a"].read_block(()) == 0
+
+
 @pytest.mark.parametrize("form", ["safetensors", "pth"])
 def test_files_of_the_library_are_read(tmp_path, form):
     path, values = tmp_path / f"x.{form}", random_values()

@@ -168,6 +168,13 @@ def test_long_texts_are_encoded_in_llama_4s_pieces(tokenizer, monkeypatch):
     assert "".join(pieces) == text and pieces[:3] == ["a" * 10, "a" * 10, "aaaaa" + " " * 10]
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode_batch([text, "", "b"]) == [tokenizer.encode(text), [], tokenizer.encode("b")]
+    rand = random.Random(0)
+    for _ in range(300):
+        text = "".join(rand.choice("a \n") * rand.randint(1, 14) for _ in range(rand.randint(1, 12)))
+        pieces = list(module._pieces(text))
+        with monkeypatch.context() as literal:
+            literal.setattr(module, "_may_run_long", lambda piece: True)
+            assert pieces == list(module._pieces(text))
 
 
 @pytest.mark.parametrize(

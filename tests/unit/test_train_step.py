@@ -10,7 +10,8 @@ from training_helpers import CONFIG, changed, lively_model, random_batch, values
 from puna.model import Llama4
 from puna.model.moe import moe_layers
 from puna.optim import build_adamw
-from puna.train.step import accumulate_gradients, clip_gradients, router_metrics, train_step
+from puna.train.balance import router_metrics
+from puna.train.step import accumulate_gradients, clip_gradients, train_step
 from puna.train.terms import NextToken, cross_entropy
 
 NO_CLIP = 1e9

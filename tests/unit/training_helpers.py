@@ -12,7 +12,8 @@ from puna.model import Llama4, ModelConfig, VisionConfig
 from puna.optim import build_adamw
 from puna.optim.adamw import set_lr
 from puna.train import Job, TrainConfig, checkpoint
-from puna.train.step import Balancer, train_step
+from puna.train.balance import Bias
+from puna.train.step import train_step
 from puna.train.terms import NextToken
 
 PATCH = 7
@@ -81,7 +82,7 @@ class State:
     def __init__(self, seed=0, config=CONFIG, processor=None):
         self.model = Llama4(config, seed=seed).train()
         self.optimizer = build_adamw(self.model, 1e-2, 0.1, (0.9, 0.99), 1e-8)
-        self.balancer, self.processor, self.done = Balancer(self.model, 0.01), processor, 0
+        self.balancer, self.processor, self.done = Bias(self.model, 0.01), processor, 0
         set_lr(self.optimizer, 1.0)
 
     def step(self, pictures=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -17,7 +16,7 @@ SHOWN = 400  # characters of a sample
 
 def build_(args) -> None:
     """Builds a corpus; a killed build goes on."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from puna.data.corpora import BuildConfig, build_corpus, pasture
 
@@ -33,7 +32,7 @@ def build_(args) -> None:
     config = BuildConfig(licences=licences, skip_bad=args.skip_bad, **given)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
                TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:
+    with show.bar(*columns) as bar:
         tasks = {phase: bar.add_task(phase, total=None) for phase in ("read", "decide", "write")}
 
         def progress(phase: str, done: int, total: int) -> None:

@@ -1,8 +1,9 @@
 """`puna`: the commands, their arguments, and what becomes of errors.
 
 Exit codes: 0 done; 1 a PunaError (one line on stderr, what was wrong and what to do); 2 a wrong command line;
-128 + n stopped by signal n with everything saved (`puna raise` again goes on). Anything else is a bug and keeps its
-traceback. torch and its like are imported inside the commands, so that `puna --help` answers at once.
+3 `puna plan --must-fit` where nothing fits; 128 + n stopped by signal n with everything saved (`puna raise` again goes
+on). Anything else is a bug and keeps its traceback. torch and its like are imported inside the commands, so that
+`puna --help` answers at once.
 """
 
 from __future__ import annotations
@@ -121,7 +122,9 @@ def build_parser() -> Parser:
     p = command("generate", "talk:generate", "answer one prompt")
     _model(p)
     p.add_argument("prompt", metavar="PROMPT", help="what to say to the model; - reads standard input")
-    p.add_argument("--image", action="append", default=[], metavar="PATH", help="show a picture (repeatable)")
+    for kind, text in (("image", "a picture"), ("video", "frames of a video (pip install 'puna[video]')")):
+        p.add_argument(f"--{kind}", action="append", default=[], metavar="PATH", dest="shown",
+                       type=lambda path, kind=kind: (kind, path), help=f"show {text}; repeatable")  # fmt: skip
     _sampling(p)
     p = command("chat", "talk:chat", "talk to a model in the terminal")
     _model(p)
@@ -146,6 +149,9 @@ def build_parser() -> Parser:
     p.add_argument("--to", required=True, choices=("int4", "int8"), help="numbers in groups of 128 with a scale")
     p.add_argument("--targets", metavar="PATTERNS", help="parameter names, with commas between (default: "
                    "*.moe.experts.*,*.moe.shared.*)")  # fmt: skip
+    p = command("plan", "plan:plan", "what a model needs on given GPUs: memory, communication, time, dollars",
+                epilog=settings)  # fmt: skip
+    _plan(p)
     p = command("report", "tools:report", "show a run's results, or several runs beside each other")
     p.add_argument("folders", nargs="+", metavar="RUN", help="a run's folder or its name in runs/")
     p.add_argument("--out", metavar="FILE.html", help="write the page there (several runs: default compare.html)")
@@ -208,6 +214,30 @@ def _build(p: Parser) -> None:
     p.add_argument("--fresh", action="store_true", help="throw away what is there and start over")
 
 
+def _plan(p: Parser) -> None:
+    p.add_argument("recipe", metavar="MODEL", help="a preset (scout, maverick, behemoth ...), a recipe, a run's "
+                   ".json or a model's folder")  # fmt: skip
+    p.add_argument("--gpus", required=True, metavar="NxKIND", help="such as 8xh100; kinds are in the table of hardware")
+    p.add_argument("--for", dest="purpose", choices=("training", "serving"), default="training",
+                   help="default training")  # fmt: skip
+    p.add_argument("--context", type=count, metavar="N", help="tokens of a row or a conversation (default 8192)")
+    p.add_argument("--batch", type=count, metavar="N", help="training: rows a step (default: 16M tokens, or 2,048 a "
+                   "GPU where that is more); serving: sequences at once (default: what fits, up to 256)")  # fmt: skip
+    p.add_argument("--precision", metavar="NAME", help="training: mixed, fp8, bfloat16, float32 (default mixed); "
+                   "serving: float32, bf16, fp8, int8, int4 (default: the largest from bf16 on that fits)")  # fmt: skip
+    p.add_argument("--layout", metavar="NAME=N,...", help="training: this one alone, such as dp_shard=32,tp=2,ep=4")
+    p.add_argument("--recompute", type=int, choices=(0, 1, 2, 4), help="training: every n-th layer runs forward twice, "
+                   "0: none (default: as few as fit)")  # fmt: skip
+    p.add_argument("--tiles", type=float, metavar="X", help="training: tiles of pictures in a row (default 0)")
+    p.add_argument("--imbalance", type=float, metavar="X", help="training: tokens of the busiest experts' rank over "
+                   "the mean (default 1)")  # fmt: skip
+    p.add_argument("--tokens", type=float, metavar="N", help="training: of the whole run (default 1e12)")
+    p.add_argument("--cache", metavar="NAME", help="serving: keys and values in bf16, fp8 or float32 (default bf16)")
+    p.add_argument("--hardware", metavar="FILE.toml", help="your own table of GPUs, links and prices")
+    p.add_argument("--json", metavar="FILE", help="write everything there, too")
+    p.add_argument("--must-fit", action="store_true", help="exit with 3 where it does not fit")
+
+
 def _recipe(p: Parser) -> None:
     p.add_argument("recipe", nargs="?", default="nano_scout", metavar="RECIPE",
                    help="a recipe's name, a .py file with a function recipe(), or a run's resolved .json")  # fmt: skip
@@ -223,6 +253,7 @@ def _model(p: Parser) -> None:
 
 
 def _sampling(p: Parser) -> None:
+    p.add_argument("--frames", type=count, default=8, metavar="N", help="of a video, evenly spaced (default 8)")
     p.add_argument("--max-tokens", type=int, default=256, metavar="N", help="default 256")
     p.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: always the likeliest token")
     p.add_argument("--top-p", type=float, default=1.0, metavar="X")
@@ -243,8 +274,9 @@ def main(argv: list[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"puna: warning: {message}\n"
     module, function = args.run.split(":")
     try:
-        getattr(import_module(f"puna.cli.{module}"), function)(args)
+        code = getattr(import_module(f"puna.cli.{module}"), function)(args)
         sys.stdout.flush()
+        return code or 0
     except PunaError as error:
         print(f"puna: error: {error}", file=sys.stderr)
         return 1
@@ -260,7 +292,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"puna: {error}", file=sys.stderr)
         return error.code
-    return 0
 
 
 if __name__ == "__main__":

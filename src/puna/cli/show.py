@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 LINES = 40  # of a table that may have hundreds
+
+
+def bar(*columns):
+    """rich's `Progress` on stderr; gone at the end, and nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from puna.errors import PunaError
 
-HELP = "/image PATH shows a picture, /new begins again, /quit ends (so does Ctrl-D); Ctrl-C stops an answer"
+HELP = """/image PATH shows a picture, /video PATH frames of a video; /new begins again, /quit ends (so does Ctrl-D);
+Ctrl-C stops an answer"""
 
 
 def _engine(path: str):
@@ -24,18 +25,21 @@ def _sampling(args) -> dict:
     return {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
 
 
-def _message(text: str, pictures: list) -> dict:
-    if not pictures:
-        return {"role": "user", "content": text}
-    parts = [{"type": "image", "image": picture} for picture in pictures]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+def _message(text: str, shown: list[dict]) -> dict:
+    return {"role": "user", "content": [*shown, {"type": "text", "text": text}] if shown else text}
 
 
-def _picture(path: str):
+def _shown(kind: str, path: str, frames: int) -> dict:
+    """The part of a message that shows a picture or a video; a damaged one is told before a model is read."""
     from puna.processor.image import open_picture
+    from puna.processor.video import read_video
 
+    file = Path(path).expanduser()
     try:
-        return open_picture(Path(path).expanduser())
+        if kind == "image":
+            return {"type": "image", "image": open_picture(file)}
+        read_video(file, frames)
+        return {"type": "video", "video": file, "frames": frames}
     except PunaError as error:
         raise PunaError(str(error) if path in str(error) else f"{path}: {error}") from error
 
@@ -43,7 +47,7 @@ def _picture(path: str):
 def generate(args) -> None:
     """Prints the answer to one prompt as it comes."""
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    message = _message(prompt, [_picture(path) for path in args.image])
+    message = _message(prompt, [_shown(kind, path, args.frames) for kind, path in args.shown])
     for piece in _engine(args.model).stream([message], **_sampling(args)):
         print(piece, end="", flush=True)
     print()
@@ -54,7 +58,7 @@ def chat(args) -> None:
     engine = _engine(args.model)
     print(HELP)
     messages: list[dict] = []
-    pictures: list = []
+    shown: list[dict] = []
     while True:
         try:
             line = input("\nyou> ").strip()
@@ -65,21 +69,21 @@ def chat(args) -> None:
         if word == "/quit":
             return
         if word == "/new":
-            messages, pictures = [], []
+            messages, shown = [], []
             print("a new conversation")
-        elif word == "/image":
+        elif word in ("/image", "/video"):
             try:
-                pictures.append(_picture(rest.strip()))
-                print(f"{len(pictures)} picture(s) go with your next message")
+                shown.append(_shown(word[1:], rest.strip(), args.frames))
+                print(f"goes with your next message: {', '.join(part['type'] for part in shown)}")
             except PunaError as error:
                 print(f"puna: {error}")
         elif word.startswith("/"):
             print(HELP)
         elif line:
-            asked = [*messages, _message(line, pictures)]
+            asked = [*messages, _message(line, shown)]
             answer = _answer(engine, asked, args)
             if answer is not None:
-                messages, pictures = [*asked, {"role": "assistant", "content": answer}], []
+                messages, shown = [*asked, {"role": "assistant", "content": answer}], []
 
 
 def _answer(engine, messages: list[dict], args) -> str | None:

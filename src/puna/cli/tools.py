@@ -76,13 +76,13 @@ def _new(text: str) -> Path:
 
 def _write(store, form, target: Path, dtype, origin: str) -> None:
     """`write_folder` with a bar."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from puna.convert.folder import write_folder
 
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("")
+    columns = (BarColumn(), TaskProgressColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with show.bar(*columns) as bar:
+        task = bar.add_task("", total=None)
         write_folder(
             store, form, target, dtype, origin, lambda done, total: bar.update(task, completed=done, total=total)
         )

@@ -9,12 +9,10 @@ trained is `adapter.safetensors` alone, and config.base says beside which model 
 
 Every tensor's bytes have a SHA-256 in run.json, verified while reading, and so have the other files and run.json
 itself: a bit that flipped on a disk is found on loading, with the tensor's or file's name, not three days later in a
-loss curve.  safetensors and JSON only: no pickle, so a
-checkpoint can't run code.
+loss curve.  safetensors and JSON only: no pickle, so a checkpoint can't run code.
 
 A *stage* folder holds `step-XXXXXXXX` folders; the trainer (`train/checkpoint.py`) writes optimizer and random state
-beside the model and uses `write_model` for this part.  A folder with its final name is complete: it was written under
-another name and renamed.
+beside the model.  A folder with its final name is complete: it was written under another name and renamed.
 """
 
 from __future__ import annotations
@@ -29,7 +27,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from puna.convert.folder import write_folder
@@ -97,18 +94,6 @@ def held(model: Llama4) -> tuple[str, dict[str, Tensor]]:
     for then all else is the base's."""
     adapters = lora.adapters(model)
     return (ADAPTER_FILE, adapters) if adapters else (MODEL_FILE, dict(model.named_parameters()))
-
-
-def write_model(model: Llama4, folder: str | os.PathLike) -> dict[str, str]:
-    """Writes what is `held` into an existing folder and flushes it to the disk; returns the hash of every tensor, for
-    run.json."""
-    file, parameters = held(model)
-    path = Path(folder) / file
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-    with open(path, "rb+") as handle:
-        os.fsync(handle.fileno())
-    return {name: tensor_hash(tensor) for name, tensor in tensors.items()}
 
 
 def save(model: Llama4, processor: Processor | None, folder: str | os.PathLike, step: int = 0, **run: Any) -> Path:
@@ -214,24 +199,27 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointStore, Processor | None]:
 
 
 class CheckpointStore(FileStore):
-    """Verifies a tensor's hash while its rows are read, from the first to the last."""
+    """Verifies a tensor's hash while its rows are read, from the first to the last; single slices are not verified."""
 
     def __init__(self, folder: Path, config: ModelConfig, pieces: dict, table: dict, hashes: dict[str, str],
                  quantization: Quantization | None):  # fmt: skip
         super().__init__(config, pieces, table)
         self.folder, self.hashes, self.quantization = folder, hashes, quantization
-        self.digests: dict[str, Any] = {}
+        self.digests: dict[str, tuple[int, Any]] = {}  # the next row, SHA-256 of those before
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         try:
             rows = super().read(name, start, stop)
         except PunaError as error:
             raise CorruptCheckpoint(str(error)) from None
-        if start == 0:
-            self.digests[name] = hashlib.sha256()
-        self.digests[name].update(rows.contiguous().flatten().view(torch.uint8).numpy().data)
-        if stop == self.pieces[name][0].shape[0] and self.digests.pop(name).hexdigest() != self.hashes.get(name):
-            raise CorruptCheckpoint(
-                f"{self.folder}: tensor {name} does not match its hash: the file is damaged; take another checkpoint"
-            )
+        at, digest = (0, hashlib.sha256()) if start == 0 else self.digests.pop(name, (start, None))
+        if digest is not None and at == start:
+            digest.update(rows.contiguous().flatten().view(torch.uint8).numpy().data)
+            if stop < self.pieces[name][0].shape[0]:
+                self.digests[name] = (stop, digest)
+            elif digest.hexdigest() != self.hashes.get(name):
+                raise CorruptCheckpoint(
+                    f"{self.folder}: tensor {name} does not match its hash: the file is damaged; take another "
+                    "checkpoint"
+                )
         return rows

@@ -20,8 +20,9 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -60,35 +61,65 @@ class Stored:
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop (None: the last), [stop - start, ...]; of a tensor without dimensions, the tensor."""
         if not self.shape:
-            return self._read(0, self.size).view(self.dtype).view(())
+            return self._read([(0, self.size)]).view(self.dtype).view(())
         stop = self.shape[0] if stop is None else stop
-        data = self._read(start * self.row_size, (stop - start) * self.row_size)
+        data = self._read([(start * self.row_size, (stop - start) * self.row_size)])
         return data.view(self.dtype).view(stop - start, *self.shape[1:])
 
-    def _read(self, begin: int, size: int) -> Tensor:
-        data = torch.empty(size, dtype=torch.uint8)
-        place = memoryview(data.numpy())
+    def _read(self, spans: list[tuple[int, int]]) -> Tensor:
+        """The bytes of some (first, how many), behind each other."""
+        data = torch.empty(sum(size for _, size in spans), dtype=torch.uint8)
+        place, done = memoryview(data.numpy()), 0
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.offset + begin)
-                done = 0
-                while done < size:
-                    got = file.readinto(place[done:])
-                    if not got:
-                        raise PunaError(f"{self.path} is corrupt or truncated: copy it again")
-                    done += got
+                for begin, size in spans:
+                    file.seek(self.offset + begin)
+                    end = done + size
+                    while done < end:
+                        got = file.readinto(place[done:end])
+                        if not got:
+                            raise PunaError(f"{self.path} is corrupt or truncated: copy it again")
+                        done += got
         except OSError as error:
             raise PunaError(f"{self.path} can't be read ({error.strerror or error})") from error
         return data
 
     def write(self, start: int, rows: Tensor) -> None:
         """Overwrites rows from `start` on. Errors: OSError (a full disk)."""
-        data = memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
+        self._write([(start * self.row_size, rows.nbytes)], rows)
+
+    def write_block(self, where: tuple[slice, ...], values: Tensor) -> None:
+        """Overwrites a block (a slice of every dimension), and no byte beside it. Errors: OSError."""
+        self._write(self._spans(where), values)
+
+    def read_block(self, where: tuple[slice, ...]) -> Tensor:
+        """A block of the tensor. Errors: PunaError."""
+        shape = [part.stop - part.start for part in where]
+        return self._read(list(self._spans(where))).view(self.dtype).view(shape)
+
+    def _spans(self, where: tuple[slice, ...]) -> Iterator[tuple[int, int]]:
+        """(first byte, bytes) of the runs of a block that lie together, in the order of its numbers."""
+        if not all(part.start < part.stop for part in where):
+            return
+        cut = [d for d, part in enumerate(where) if (part.start, part.stop) != (0, self.shape[d])]
+        last = cut[-1] if cut else 0  # behind it all dimensions are whole, so its range is one run
+        strides = [math.prod(self.shape[d + 1 :]) * self.dtype.itemsize for d in range(len(where))]
+        size = (where[last].stop - where[last].start) * strides[last] if where else self.size
+        for index in product(*(range(part.start, part.stop) for part in where[:last])):
+            first = (*index, where[last].start) if where else ()
+            yield sum(i * stride for i, stride in zip(first, strides, strict=False)), size
+
+    def _write(self, spans: Iterable[tuple[int, int]], values: Tensor) -> None:
+        data = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
         handle = os.open(self.path, os.O_WRONLY)
         try:
-            done, place = 0, self.offset + start * self.row_size
-            while done < len(data):
-                done += os.pwrite(handle, data[done : done + 2**30], place + done)
+            start = 0
+            for begin, size in spans:
+                done = 0
+                while done < size:
+                    piece = data[start + done : start + min(size, done + 2**30)]
+                    done += os.pwrite(handle, piece, self.offset + begin + done)
+                start += size
         finally:
             os.close(handle)
 

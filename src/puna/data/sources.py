@@ -279,8 +279,9 @@ def encode_texts(processor: Processor, documents: list[str]) -> list[Encoded]:
     to arrays."""
     tokenizer = processor.tokenizer
     result = []
-    for ids in tokenizer.encode_batch(documents):
-        tokens = np.fromiter((tokenizer.bos, *ids, tokenizer.end_of_text), np.int32, len(ids) + 2)
+    for ids in tokenizer.encode_arrays(documents):
+        tokens = np.empty(len(ids) + 2, np.int32)
+        tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos, ids, tokenizer.end_of_text
         loss = np.ones(len(tokens), dtype=bool)
         loss[0] = False
         result.append(Encoded(tokens, loss, []))

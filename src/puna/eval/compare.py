@@ -1,7 +1,7 @@
 """Runs beside each other: the same curves on one axis, every measured row, and where their configurations differ.
 
 Steps are no measure of work: a run of twice the batch reads twice the text in one. So each curve is drawn three times,
-over steps, over tokens, and over the FLOPs they cost (`eval/flops.py`, the stages' own row lengths, tiles included);
+over steps, over tokens, and over the FLOPs they cost (`plan/flops.py`, the stages' own row lengths, tiles included);
 at equal FLOPs the lower curve is the better recipe. A run may be unfinished, or hold no evaluation yet.
 """
 
@@ -18,9 +18,9 @@ from markupsafe import Markup
 from puna.convert.tensors import read_json
 from puna.errors import PunaError
 from puna.eval import plots, record, report
-from puna.eval.flops import flops_per_tile, flops_per_token
 from puna.eval.template import COMPARE, STYLE
 from puna.fields import differences
+from puna.plan.flops import flops_per_tile, flops_per_token
 from puna.train import checkpoint, metrics
 
 AXES = {"steps": "optimizer steps", "tokens": "tokens", "flops": "FLOPs"}

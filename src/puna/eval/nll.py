@@ -122,7 +122,7 @@ def token_counts(tokenizer: Tokenizer, documents: Iterable[str], max_chars: int 
 
 
 def _count(tokenizer: Tokenizer, group: list[str]) -> np.ndarray:
-    ids = [np.asarray(ids, np.int64) for ids in tokenizer.encode_batch(group)] if group else []
+    ids = [ids.astype(np.int64) for ids in tokenizer.encode_arrays(group)] if group else []
     return np.bincount(np.concatenate(ids or [np.zeros(0, np.int64)]), minlength=tokenizer.vocab_size)
 
 

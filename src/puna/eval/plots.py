@@ -114,14 +114,14 @@ def line_chart(
 
 
 def heat(label: str, rows: Sequence[tuple[str, Sequence[tuple[float, float]]]], low: float, high: float,
-         breaks: Sequence[tuple[float, str]] = ()) -> Markup:  # fmt: skip
+         breaks: Sequence[tuple[float, str]] = (), until: float = 0.0) -> Markup:  # fmt: skip
     """A map: a row for each name, steps to the right, from `low` (pale) to `high` (strong), both said beside it; empty
-    text when no row has a point. rows: (name, (x, y) points), the first row at the top."""
+    text when no row has a point. rows: (name, (x, y) points), the first row at the top. until: where the steps end."""
     drawn = [(name, thin(points, 60)) for name, points in rows if points]
     if not drawn:
         return Markup("")
     xs = [x for _, points in drawn for x, _ in points]
-    low_x, high_x = min(xs), max(xs)
+    low_x, high_x = min([*xs, *(x for x, _ in breaks)]), max([*xs, until])
     tall = (HEIGHT - TOP - BOTTOM) / len(drawn)
 
     def px(x: float) -> float:
@@ -132,8 +132,10 @@ def heat(label: str, rows: Sequence[tuple[str, Sequence[tuple[float, float]]]], 
         y = TOP + i * tall
         if i % math.ceil(len(drawn) / 16) == 0:
             parts.append(f'<text x="{LEFT - 6}" y="{y + tall / 2 + 4:.1f}" text-anchor="end">{escape(name)}</text>')
-        ends = [*(px(x) for x, _ in points[1:]), float(WIDTH - RIGHT)]
-        for (x, value), end in zip(points, ends, strict=True):
+        step = (points[-1][0] - points[0][0]) / (len(points) - 1) if len(points) > 1 else math.inf
+        ends = [*(x for x, _ in points[1:]), math.inf]  # where it was not measured the map is empty
+        for (x, value), after in zip(points, ends, strict=True):
+            end = px(min(after, x + 2 * step, high_x))
             strength = min(1.0, max(0.0, (value - low) / (high - low))) if high > low else 0.0
             parts.append(f'<rect class="heat" x="{px(x):.1f}" y="{y:.1f}" width="{max(0.5, end - px(x)):.1f}" '
                          f'height="{tall:.1f}" fill-opacity="{0.04 + 0.96 * strength:.2f}"/>')  # fmt: skip

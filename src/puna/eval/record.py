@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from puna.errors import PunaError
-from puna.eval.flops import flops_per_tile, flops_per_token, parameter_count
 from puna.eval.rows import Row, Sample
 from puna.fields import to_dict
 from puna.model import ModelConfig
+from puna.plan.flops import flops_per_tile, flops_per_token, parameter_count
 from puna.train import checkpoint, metrics
 
 ORDER = ("vision", "pretrain", "midtrain", "sft", "rl", "dpo", "codistill")

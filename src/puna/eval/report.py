@@ -246,6 +246,9 @@ LAYERS = (  # title, list of "router/layers", and the map's ends; None: as measu
     ("Busiest expert's load over the mean, by layer", "max_load", 1.0, None),
     ("Entropy of the load, by layer", "entropy", None, 1.0),
     ("Share of experts without a token, by layer", "dead", 0.0, None),
+    ("Balance bias, largest less smallest, in logits, by layer", "bias", 0.0, None),
+    ("Auxiliary loss, 1 is even, by layer", "auxiliary", 1.0, None),
+    ("Share of tokens that no expert took, by layer", "untaken", 0.0, None),
 )
 
 
@@ -263,13 +266,14 @@ def course(folder: Path) -> tuple[list, list, list]:
 
 def _by_layer(title: str, steps, name: str, least: float | None, most: float | None, breaks) -> Markup:
     """The map of a router's measure: layers down, steps to the right."""
-    lines = [(x, line["router/layers"][name]) for x, line in steps if "router/layers" in line]
+    lines = [(x, line["router/layers"][name]) for x, line in steps if name in line.get("router/layers", ())]
     depth = max((len(values) for _, values in lines), default=0)
     rows = [(str(i), [(x, values[i]) for x, values in lines if i < len(values)]) for i in range(depth)]
     seen = [y for _, points in rows for _, y in plots.thin(points, 60)]
     if not seen:
         return Markup("")
-    return plots.heat(title, rows, min(seen) if least is None else least, max(seen) if most is None else most, breaks)
+    ends = (min(seen) if least is None else least, max(seen) if most is None else most)
+    return plots.heat(title, rows, *ends, breaks, until=max(x for x, _ in steps))
 
 
 def _by_part(steps, breaks) -> Markup:
@@ -326,7 +330,7 @@ def charts(folder: Path) -> list[tuple[Markup, Markup]]:
         smoothed("Busiest expert, load over the mean", "router/max_load"),
         smoothed("Evenness of the experts' load: its entropy, 1 is even", "router/entropy"),
         smoothed("Experts without a token, %", "router/dead", True, 100),
-        smoothed("Routes that the balance bias changed, %", "router/flip_share", True, 100),
+        smoothed("Routes that balancing changed, %", "router/flip_share", True, 100),
         *[(title, _by_layer(title, steps, name, least, most, breaks)) for title, name, least, most in LAYERS],
         smoothed("Gradient norm before clipping", "grad_norm", True),
         ("Gradient norm by part", _by_part(steps, breaks)),

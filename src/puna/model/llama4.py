@@ -6,7 +6,7 @@ chunks and global NoPE layers), `moe` (top-1 sigmoid-on-input routing), `vision`
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
@@ -86,6 +86,8 @@ class Llama4(nn.Module):
             self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.vision = VisionTower(config.vision, config.d_model) if config.vision else None
         self.share: Share | None = None  # of every row's tokens, where several processes share its work
+        self.pipeline = None  # where processes have different blocks (parallel/pipeline.py)
+        self.parts: dict[str, Any] = {}  # what of each parameter this process has, where several share them
         self.recompute = 0  # every n-th block's activations are computed again in the backward; 0: none
         self._freqs: Tensor | None = None
         if self.norm.weight.device.type != "meta":
@@ -94,7 +96,7 @@ class Llama4(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype activations have."""
-        return self.compute_dtype or self.tok_embeddings.weight.dtype
+        return self.compute_dtype or next(self.parameters()).dtype
 
     @property
     def head_weight(self) -> Tensor:
@@ -107,29 +109,35 @@ class Llama4(nn.Module):
         return self.head(self.hidden(tokens_BT, tiles, doc_ids_BT, routes, cache, features))
 
     def hidden(self, tokens_BT: Tensor, tiles: Tensor | None = None, doc_ids_BT: Tensor | None = None,
-               routes=None, cache: Cache | None = None, features: Tensor | None = None) -> Tensor:  # fmt: skip
+               routes=None, cache: Cache | None = None, features: Tensor | None = None,
+               x_BTD: Tensor | None = None, layers: range | None = None) -> Tensor:  # fmt: skip
         """The last hidden state after the final norm, [B, T, D].
 
         tokens_BT: int64 ids. tiles: normalised [N, 3, S, S] in reading order, or `features` [n, D] already encoded;
         either fills the `<|patch|>` positions in order. doc_ids_BT: packed documents, -1 for padding; attention never
         crosses documents and positions restart. routes: a [B, T] int64 tensor for each MoE layer (a sequence), -1 for
-        tokens left to the router. cache: decode with keys and values of earlier tokens (no doc_ids then).
+        tokens left to the router. cache: decode with keys and values of earlier tokens (no doc_ids then). layers: only
+        these blocks, from the stream x_BTD on that comes out of those before them, as a pipeline's stages go on; the
+        norm comes behind the last block.
         """
         c = self.config
         if cache is not None and doc_ids_BT is not None:
             raise PunaError("cache and doc_ids_BT cannot be combined: a cache holds one document per sequence")
         if tiles is not None and features is not None:
             raise PunaError("give tiles or features, not both")
-        if self.share is not None:
+        if self.share is not None and x_BTD is None:
             features = self.share.features(self, tiles)
         elif tiles is not None and len(tiles):
             features = self.image_features(tiles)
         layout = self.layout(tokens_BT, doc_ids_BT, cache)
         if self.share is not None:
             tokens_BT, features, layout = self.share.cut(tokens_BT, features, layout)
-        x_BTD = nn.functional.embedding(tokens_BT, self.tok_embeddings.weight).to(self.dtype)
-        x_BTD = self.run(fuse(x_BTD, tokens_BT, features, c.patch_token), layout, cache, routes)
-        return self.norm(x_BTD)
+        if x_BTD is None:
+            x_BTD = nn.functional.embedding(tokens_BT, self.tok_embeddings.weight).to(self.dtype)
+            x_BTD = fuse(x_BTD, tokens_BT, features, c.patch_token)
+        layers = range(c.n_layers) if layers is None else layers
+        x_BTD = self.run(x_BTD, layers, layout, cache, routes)
+        return self.norm(x_BTD) if layers.stop == c.n_layers else x_BTD
 
     def layout(self, tokens_BT: Tensor, doc_ids_BT: Tensor | None = None, cache: Cache | None = None) -> Layout:
         """Positions and visibility of whole rows."""
@@ -137,10 +145,11 @@ class Llama4(nn.Module):
             self._freqs = rope.frequencies(self.config, tokens_BT.device)
         return make_layout(self.config, tokens_BT, doc_ids_BT, cache, self._freqs, self.dtype)
 
-    def run(self, x_BTD: Tensor, layout: Layout, cache: Cache | None = None, routes=None) -> Tensor:
-        """[B, T, D] through the blocks."""
+    def run(self, x_BTD: Tensor, layers: range, layout: Layout, cache: Cache | None = None, routes=None) -> Tensor:
+        """[B, T, D] through some of the blocks."""
         route = iter(routes) if routes is not None else None
-        for i, layer in enumerate(self.layers):
+        for i in layers:
+            layer = self.layers[i]
             route_BT = next(route) if route is not None and self.config.is_moe(i) else None
             if self.recompute and self.training and i % self.recompute == 0:
                 x_BTD = checkpoint(layer, x_BTD, layout, cache, route_BT, use_reentrant=False)

@@ -11,7 +11,8 @@ The score scales the expert's *input*. A SwiGLU is not linear, so this is not th
 is how gradient reaches the router. (Meta's inference code detaches it; we do not.)
 
 **Balance** is training state, never model: the loop may set `selection_bias_E`, which moves the argmax in training
-mode only. Evaluation, decoding and export route by raw logits.
+mode only, a `router_loss`, or a `choice` by which experts take tokens (train/balance.py). Evaluation, decoding and
+export route by raw logits.
 
 **Dispatch.** One sort brings each expert's tokens together, one inverse permutation brings the results back. The
 layer owns a dispatcher object, which expert parallelism replaces with an all-to-all of the same two methods.
@@ -19,6 +20,7 @@ layer owns a dispatcher object, which expert parallelism replaces with an all-to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -83,24 +85,45 @@ class MoE(nn.Module):
         self.dispatcher = LocalDispatcher()
         self.selection_bias_E: Tensor | None = None  # training state, set by the loop
         self.counts_E: Tensor | None = None  # of this process's tokens, those of each expert in the last forward
-        self.flips: Tensor | None = None  # tokens of the last training forward that the bias sent elsewhere
+        self.flips: Tensor | None = None  # tokens of the last training forward that balancing sent elsewhere
+        self.router_loss: Callable[[Tensor], Tensor] | None = None  # logits [T, E] -> a loss of their own, in training
+        self.choice: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # logits -> tokens, who takes them
+        self.seen: dict[str, Tensor] = {}  # what the last two noted of the last forward
         self.record: list[Tensor] | None = None  # filled by record_routes
 
     def forward(self, x_BTD: Tensor, route_BT: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]. `route_BT` forces the experts (a replay); -1 leaves a token to the router."""
         x_TD = x_BTD.flatten(0, -2)
         logits_TE = ops.linear(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)), self.router.weight)
+        if self.training and self.router_loss is not None:
+            logits_TE = ops.with_loss(logits_TE, self.router_loss(logits_TE))
         expert_T = self.choose(logits_TE)
         if route_BT is not None:
             route_T = route_BT.flatten()
             expert_T = torch.where(route_T >= 0, route_T, expert_T)
-        score_T1 = torch.sigmoid(logits_TE.gather(1, expert_T[:, None])).to(x_TD.dtype)
         if self.record is not None:
             self.record.append(expert_T.view(x_BTD.shape[:-1]))
         self.counts_E = torch.bincount(expert_T, minlength=self.n_experts)
-        sorted_TD, here_E, context = self.dispatcher.dispatch(x_TD * score_T1, expert_T, self.counts_E)
-        routed_TD = self.dispatcher.combine(self.experts(sorted_TD, here_E), context)
+        if self.choice is not None and route_BT is None:
+            routed_TD = self._taken(x_TD, logits_TE, expert_T)
+        else:
+            score_T1 = torch.sigmoid(logits_TE.gather(1, expert_T[:, None])).to(x_TD.dtype)
+            routed_TD = self._run(x_TD * score_T1, expert_T, self.counts_E)
         return (self.shared(x_TD) + routed_TD).view_as(x_BTD)
+
+    def _run(self, x_ND: Tensor, expert_N: Tensor, counts_E: Tensor) -> Tensor:
+        """Expert outputs [N, D] of scaled rows, of which each expert has counts_E, in their order."""
+        sorted_ND, here_E, context = self.dispatcher.dispatch(x_ND, expert_N, counts_E)
+        return self.dispatcher.combine(self.experts(sorted_ND, here_E), context)
+
+    def _taken(self, x_TD: Tensor, logits_TE: Tensor, expert_T: Tensor) -> Tensor:
+        """The sum of what the experts that took a token make of it: none, one or several."""
+        token_N, expert_N = self.choice(logits_TE.detach())
+        score_N1 = torch.sigmoid(logits_TE[token_N, expert_N])[:, None].to(x_TD.dtype)
+        taken_E = torch.bincount(expert_N, minlength=self.n_experts)
+        routed_ND = self._run(x_TD.index_select(0, token_N) * score_N1, expert_N, taken_E)
+        self.flips = len(expert_T) - (expert_T[token_N] == expert_N).sum()
+        return torch.zeros_like(x_TD).index_add(0, token_N, routed_ND)
 
     def choose(self, logits_TE: Tensor) -> Tensor:
         """The expert of each token, int64 [T]: argmax of raw logits, plus the balancing bias while training."""

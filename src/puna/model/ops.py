@@ -142,3 +142,22 @@ class _Permute(torch.autograd.Function):
 def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """Rows of x in the given order; `inverse` undoes `order`."""
     return _Permute.apply(x, order, inverse)
+
+
+class _WithLoss(torch.autograd.Function):
+    """x as it is; its backward begins that of a scalar loss as well."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.one = torch.ones_like(loss)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, ctx.one
+
+
+def with_loss(x: Tensor, loss: Tensor) -> Tensor:
+    """x, to whose backward pass the gradient of `loss` (a scalar, in the step's final units) is added: a loss from the
+    middle of the model that need not be carried to its end."""
+    return _WithLoss.apply(x, loss)

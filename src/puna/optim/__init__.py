@@ -1,6 +1,9 @@
 """Optimizers and learning-rate schedules."""
 
 from puna.optim.adamw import build_adamw
+from puna.optim.muon import build_muon
 from puna.optim.schedule import wsd
 
-__all__ = ["build_adamw", "wsd"]
+OPTIMIZERS = {"adamw": build_adamw, "muon": build_muon}
+
+__all__ = ["OPTIMIZERS", "build_adamw", "build_muon", "wsd"]

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 GROUPS = ("matrix", "embedding", "head", "vector", "router", "vision", "adapter")
+DECAYING = ("matrix", "vision", "adapter")
 
 
 def group_of(name: str, parameter: torch.Tensor) -> str:
@@ -52,12 +53,11 @@ def build_adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[f
     for number, mesh in sorted(members, key=lambda key: key[0]):
         group, parameters = GROUPS[number], members[number, mesh]
         if parameters:
-            decays = group in ("matrix", "vision", "adapter")
             groups.append({
                 "params": parameters,
                 "name": group,
                 "peak": lr * (multipliers or {}).get(group, 1.0),
-                "weight_decay": weight_decay if decays else 0.0,
+                "weight_decay": weight_decay if group in DECAYING else 0.0,
             })  # fmt: skip
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 

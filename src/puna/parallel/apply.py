@@ -30,6 +30,7 @@ from puna.parallel.context import RowShare
 from puna.parallel.expert import AllToAllDispatcher
 from puna.parallel.layout import Part, is_expert, shard_bounds, tensor_parallel
 from puna.parallel.mesh import Mesh
+from puna.parallel.pipeline import Pipeline
 
 Values = Callable[[str, Part], Tensor]  # the numbers of a part of a parameter
 
@@ -43,6 +44,9 @@ def build_model(config: ModelConfig, mesh: Mesh, values: Values | int, dtype: to
     """
     model = _empty(config, dtype)
     model.master_dtype = dtype
+    if mesh.layout.pp > 1:
+        model.pipeline = Pipeline(mesh, config.n_layers)
+        _keep(model, model.pipeline.stages)
     parts = _cut(model, mesh)
     _hook(model, mesh)
     model.compute_dtype = compute
@@ -92,6 +96,24 @@ def parts_of(model: Llama4) -> dict[str, Part]:
     return model.parts
 
 
+def _keep(model: Llama4, stages: list[range]) -> None:
+    """Takes the parameters out of all modules whose work other stages do; the modules stay, and so do all names."""
+    blocks = {i for stage in stages for i in stage}
+    others = [block for i, block in enumerate(model.layers) if i not in blocks]
+    if 0 not in blocks:
+        others += [model.tok_embeddings, *([model.vision] if model.vision is not None else [])]
+    if len(model.layers) - 1 not in blocks:
+        others += [model.norm, model.output]
+    for other in others:
+        for module in other.modules():
+            for name in list(module._parameters):
+                module.register_parameter(name, None)
+
+
+def _held(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
 def _cut(model: Llama4, mesh: Mesh) -> dict[str, Part]:
     """Replaces parameters by this process's parts, still without storage, before FSDP shards them further."""
     config, layout = model.config, mesh.layout
@@ -136,10 +158,12 @@ def _shard(model: Llama4, mesh: Mesh, compute: torch.dtype) -> None:
     units = []
 
     def unit(module: nn.Module, over, policy: MixedPrecisionPolicy | None = None, **options) -> None:
-        fully_shard(module, mesh=over, mp_policy=policy or MixedPrecisionPolicy(cast_forward_inputs=False), **options)
+        policy = policy or MixedPrecisionPolicy(cast_forward_inputs=False)
+        options = {"reshard_after_forward": mesh.layout.pp == 1} | options
+        fully_shard(module, mesh=over, mp_policy=policy, **options)
         units.append(module)
 
-    for block in model.layers:
+    for block in filter(_held, model.layers):
         unit(block.attention, mesh.dense, mixed)
         if hasattr(block, "moe"):
             unit(block.moe.shared, mesh.dense, mixed)
@@ -147,7 +171,7 @@ def _shard(model: Llama4, mesh: Mesh, compute: torch.dtype) -> None:
         else:
             unit(block.feed_forward, mesh.dense, mixed)
         unit(block, mesh.full)
-    if model.vision is not None:
+    if model.vision is not None and _held(model.vision):
         for block in model.vision.layers:
             unit(block, mesh.full)
         unit(model.vision, mesh.full)

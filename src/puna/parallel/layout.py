@@ -4,7 +4,7 @@ The world is a grid; the fastest index last, so that the most talkative neighbou
 
     rank = (((pp * DP_REPLICATE + dp_replicate) * DP_SHARD + dp_shard) * CP + cp) * TP + tp
 
-* **pp**  a range of the blocks;
+* **pp**  a run of the blocks, or several (`pipeline.py`);
 * **dp_replicate x dp_shard**  rows of the batch: FSDP shards parameters over dp_shard, HSDP copies that dp_replicate
   times;
 * **cp**  whole chunks of every row (`context.py`);
@@ -52,9 +52,10 @@ class Layout:
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    pp_chunks: int = 1  # runs of blocks that each of pp processes has; more than 1 is the interleaved schedule
 
     def __post_init__(self):
-        for name in ("dp_replicate", "cp", "tp", "pp", "ep"):
+        for name in ("dp_replicate", "cp", "tp", "pp", "ep", "pp_chunks"):
             if getattr(self, name) < 1:
                 raise PunaError(f"parallel.{name} must be at least 1, got {getattr(self, name)}")
         if self.dp_shard < 0:
@@ -104,8 +105,17 @@ class Layout:
         for name, what, size in need:
             if size % getattr(self, name):
                 raise PunaError(f"parallel.{name} {getattr(self, name)} must divide model.{what} {size}")
-        if self.pp > config.n_layers:
-            raise PunaError(f"parallel.pp {self.pp} exceeds model.n_layers {config.n_layers}")
+        if self.pp * self.pp_chunks > config.n_layers:
+            raise PunaError(
+                f"parallel.pp {self.pp} x pp_chunks {self.pp_chunks} exceeds model.n_layers {config.n_layers}"
+            )
+        if self.pp_chunks > 1 and (self.pp == 1 or accumulate % self.pp):
+            raise PunaError(
+                f"parallel.pp_chunks {self.pp_chunks}: parallel.pp must be more than 1 (it is {self.pp}) and divide "
+                f"train.accumulate {accumulate}"
+            )
+        if self.pp > 1 and config.tie_embeddings:
+            raise PunaError("parallel.pp: the model ties its head to its embedding, which would be on two processes")
         if self.cp > 1 and seq_len % (self.cp * config.chunk):
             raise PunaError(
                 f"parallel.cp {self.cp}: rows are cut between chunks, so data.seq_len {seq_len} must be a multiple of "

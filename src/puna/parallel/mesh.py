@@ -7,6 +7,7 @@ FSDP takes meshes of two dimensions, (copies, shards). The same ranks are seen t
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,14 +18,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from puna.errors import PunaError
 from puna.parallel.layout import Layout, world_size
+
+LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|[Tt]imed out|NCCL|Socket|connectFullMesh")
 
 
 class Mesh:
     """This process among the others of a resolved layout; the default process group exists."""
 
-    def __init__(self, layout: Layout, device: torch.device | str = "cpu"):
+    def __init__(self, layout: Layout, device: torch.device | str = "cpu", timeout: float = 600.0):
         self.layout, self.device, self.rank = layout, torch.device(device), dist.get_rank()
+        self.timeout = timedelta(seconds=timeout)
         n, kind = layout, self.device.type
         self.grid = init_device_mesh(kind, (n.pp, n.dp_replicate, n.dp_shard, n.cp, n.tp),
                                      mesh_dim_names=("pp", "dp_replicate", "dp_shard", "cp", "tp"))  # fmt: skip
@@ -44,10 +49,22 @@ class Mesh:
         self.at = at | {"ep": dist.get_rank(self.ep), "row": dist.get_rank(self.row)}
         self.rows_index = at["dp_replicate"] * n.dp_shard + at["dp_shard"]
 
+    def union(self, values: list) -> list:
+        """What any stage of a pipeline has, sorted; the values as they are where all processes have all blocks."""
+        if self.layout.pp == 1:
+            return values
+        return sorted({value for each in self.exchange(values) for value in each})
+
     def gather(self, value: Any) -> list | None:
         """Every process's value, in their order, on the main one; None elsewhere."""
         found = [None] * self.layout.world if self.is_main else None
         dist.gather_object(value, found)
+        return found
+
+    def exchange(self, value: Any) -> list:
+        """Every process's value, in their order, on each."""
+        found = [None] * self.layout.world
+        dist.all_gather_object(found, value)
         return found
 
     def any(self, flag: bool) -> bool:
@@ -74,24 +91,35 @@ class Mesh:
         dist.all_reduce(value)
         return value
 
-    def stage_sum(self, value: Tensor) -> Tensor:
-        """The sum over the processes that have the same blocks."""
-        value = value.detach().to(self.device, copy=True)
-        dist.all_reduce(value, group=self.stage)
-        return value
+    def sum_named(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The sums over all processes; one that lacks a name adds nothing (only a pipeline's last stage has them)."""
+        names = self.union(list(values))
+        zero = torch.zeros(())
+        summed = self.sum(torch.stack([torch.as_tensor(values.get(name, zero)).double().cpu() for name in names]))
+        return dict(zip(names, summed, strict=True))
 
 
 @contextmanager
 def processes(layout: Layout, timeout: float = 600.0) -> Iterator[Mesh]:
     """Joins the processes that torchrun started (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and leaves them at the
-    end. NCCL beside CUDA, else gloo. timeout: seconds until a process that waits for another gives up."""
+    end. NCCL beside CUDA, else gloo. timeout: seconds until a process that waits for another gives up. PunaError where
+    another process is gone."""
     layout = layout.resolve(world_size())
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+    mesh = Mesh(layout, device, timeout)
     try:
-        yield Mesh(layout, device)
+        yield mesh
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        first = str(error).strip().splitlines()[0][:200]
+        raise PunaError(
+            f"process {mesh.rank} lost another process ({first}): see what that one said; the same command goes on "
+            "from the last checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()

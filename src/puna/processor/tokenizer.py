@@ -26,9 +26,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, pairwise
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
@@ -168,17 +169,25 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text, on all cores; by fastokens where it is installed: the same ids, 20 to 30 times
-        sooner."""
+        """`encode` of every text, on all cores."""
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of every text as int32 [N], on all cores; by fastokens where it is installed: the same ids, 20 to 30
+        times sooner, and no Python number for any of them."""
         pieces: list[str] = []
-        counts: list[int] = []
+        ends: list[int] = [0]  # of each text, in pieces
         for text in texts:
-            parts = list(_pieces(check_text(text)))
-            pieces += parts
-            counts.append(len(parts))
-        encode = self._inner.encode_batch_fast if self._quick is None else self._quick.encode_batch
-        encoded = (piece.ids for piece in encode(pieces, add_special_tokens=False))
-        return [next(encoded) if count == 1 else list(chain(*islice(encoded, count))) for count in counts]
+            pieces += _pieces(check_text(text))
+            ends.append(len(pieces))
+        if self._quick is None:
+            found = [piece.ids for piece in self._inner.encode_batch_fast(pieces, add_special_tokens=False)]
+            ids = np.fromiter(chain.from_iterable(found), np.int32)
+            offsets = np.cumsum([0, *map(len, found)])
+        else:
+            flat, cuts = self._quick.encode_batch_flat(pieces, add_special_tokens=False)
+            ids, offsets = np.frombuffer(flat, np.int32), np.frombuffer(cuts, np.int64)
+        return [ids[offsets[a] : offsets[b]] for a, b in pairwise(ends)]
 
     @cached_property
     def _quick(self):
@@ -335,8 +344,15 @@ def _pieces(text: str) -> Iterator[str]:
     for start in range(0, len(text), MAX_PIECE):
         piece = text[start : start + MAX_PIECE]
         begin = 0
-        for run in _RUNS.finditer(piece):
+        for run in _RUNS.finditer(piece) if _may_run_long(piece) else ():
             for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
                 yield piece[begin:cut]
                 begin = cut
         yield piece[begin:]
+
+
+def _may_run_long(piece: str) -> bool:
+    """Whether a run may be longer than MAX_RUN: it would fill one of the consecutive parts of half that length."""
+    half = MAX_RUN // 2
+    parts = (piece[at : at + half] for at in range(0, len(piece), half))
+    return any(part.isspace() or len(part.split(None, 1)) < 2 for part in parts)

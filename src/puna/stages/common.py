@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from puna.convert.layout import Store
+from puna.convert.layout import SLICE_BYTES, Store
 from puna.convert.load import load_base, open_model, with_model
+from puna.convert.puna import CheckpointStore
 from puna.convert.tensors import fill
+from puna.convert.views import View
 from puna.data import Batches, build
 from puna.errors import PunaError
 from puna.eval import answers_evaluation, bpb_evaluation
@@ -66,11 +68,27 @@ def _start_parts(run: StageRun, processor: Processor, init: str | Path | None, m
     compute = compute_dtype(run.train.compute_dtype, mesh.device)
 
     def from_store(store: Store, _) -> Llama4:
-        return build_model(store.config, mesh, lambda name, part: stored_part(store, name, part), compute=compute)
+        with checkpoint.agreed(mesh):
+            _verify_share(store, mesh)
+            return build_model(store.config, mesh, lambda name, part: stored_part(store, name, part), compute=compute)
 
     if init is not None:
         return with_model(init, from_store)
     return build_model(fit_model(run.model, processor), mesh, run.seed, compute=compute)
+
+
+def _verify_share(store: Store, mesh: Mesh) -> None:
+    """Reads what this process is to verify of a checkpoint of ours; others' formats have no hashes."""
+    inner, shapes = store, store.shapes()
+    while isinstance(inner, View):
+        inner = inner.store
+    if isinstance(inner, CheckpointStore):
+        sizes = {name: torch.Size(shape).numel() * store.dtype(name).itemsize for name, shape in shapes.items()}
+        for name in checkpoint.shared_out(sizes, mesh.layout.world)[mesh.rank]:
+            count = shapes[name][0]
+            step = max(1, count * SLICE_BYTES // max(1, sizes[name]))
+            for start in range(0, count, step):
+                store.read(name, start, min(count, start + step))
 
 
 def stored_part(store: Store, name: str, part: Part) -> torch.Tensor:

@@ -25,15 +25,20 @@ class Shown(NamedTuple):
 
 def shown(picture: PictureRef, image: ImageProcessor) -> list[Shown]:
     """What the patch tokens of a picture show, in the tokens' order."""
-    canvas = image.plan(*picture.size)
     if not isinstance(picture, Scene):
         concept = picture.concept if isinstance(picture, EmojiPicture) else None
-        return [Shown(concept)] * (canvas.tiles * image.tokens_per_tile)
-    edge = image.tile * picture.side / canvas.width
+        return [Shown(concept)] * (image.plan(*picture.size).tiles * image.tokens_per_tile)
+    side = round(image.tokens_per_tile**0.5)
+    return [found for place in tile_places(picture, image) for found in _of_tile(picture, *place, side)]
+
+
+def tile_places(picture: PictureRef, image: ImageProcessor) -> list[tuple[float, float, float]]:
+    """(top, left, edge) of each tile of a square picture, in its pixels; the last is the whole, if there are more."""
+    side = picture.size[0]
+    canvas = image.plan(side, side)
+    edge = image.tile * side / canvas.width
     tiles = [(row * edge, column * edge, edge) for row in range(canvas.rows) for column in range(canvas.cols)]
-    if canvas.tiles > 1:
-        tiles.append((0.0, 0.0, float(picture.side)))
-    return [found for tile in tiles for found in _of_tile(picture, *tile, round(image.tokens_per_tile**0.5))]
+    return tiles + [(0.0, 0.0, float(side))] * (canvas.tiles > 1)
 
 
 def _of_tile(scene: Scene, top: float, left: float, edge: float, side: int) -> list[Shown]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from puna.errors import PunaError
+from puna.optim import OPTIMIZERS
 from puna.optim.adamw import GROUPS
 from puna.precision.fp8_training import RECIPES
+from puna.train.balance import BALANCING
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,7 @@ class TrainConfig:
     steps: int = 100
     rows: int = 8  # rows per optimizer step
     accumulate: int = 1  # micro-batches per step; rows must divide by it
+    optimizer: str = "adamw"  # adamw | muon (hidden matrices; adamw for the rest)
     lr: float = 3e-3  # peak learning rate of matrices
     lr_embedding: float = 1.0  # multipliers on lr for the other groups; 0 freezes one
     lr_head: float = 1.0
@@ -32,7 +36,8 @@ class TrainConfig:
     decay: float = 0.2  # last fraction of the steps
     floor: float = 0.05  # final learning rate / peak
     clip: float = 1.0  # global gradient norm
-    balance: float = 3e-4  # update of the router's selection bias per step; 0: none
+    balancing: str = "bias"  # bias | auxiliary | expert_choice (train/balance.py)
+    balance: float | None = None  # its strength: update a step, weight of the loss, experts a token; 0: none
     max_skips: int = 5  # consecutive non-finite steps before the run stops
     recompute: int = 0  # every n-th block's activations are computed again in the backward, to save memory; 0: none
     compute_dtype: str = "auto"  # of activations: auto | bfloat16 | float32
@@ -43,6 +48,7 @@ class TrainConfig:
     checkpoint_every: int = 200
     keep: int = 2  # newest checkpoints kept of an unfinished stage; of a finished one, the last
     keep_every: int = 0  # and every n-th checkpoint for good, finished or not; 0: none
+    checkpoint_async: bool | None = None  # written beside training; None: where several processes train
     eval_every: int = 100
 
     def __post_init__(self):
@@ -63,6 +69,12 @@ class TrainConfig:
         for name in ("decay", "floor", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise PunaError(f"train.{name} must lie in 0..1, got {getattr(self, name)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise PunaError(f"train.optimizer must be {' or '.join(OPTIMIZERS)}, not {self.optimizer!r}")
+        if self.balancing not in BALANCING:
+            raise PunaError(f"train.balancing must be {', '.join(BALANCING)}, not {self.balancing!r}")
+        if self.balance is not None and not 0 <= self.balance < math.inf:
+            raise PunaError(f"train.balance must be 0 (none) or more, not {self.balance}")
         if self.compute_dtype not in ("auto", "bfloat16", "float32"):
             raise PunaError(f"train.compute_dtype must be auto, bfloat16 or float32, got {self.compute_dtype!r}")
         if self.fp8 not in ("off", *RECIPES):

@@ -1,7 +1,7 @@
 """The one training loop. A stage gives it data, a loss term and a schedule; it does the rest, and nothing else does.
 
     for step in range(done, steps):
-        bias of the router (faded)  ->  learning rate  ->  batches(step)  ->  train_step  ->  metrics
+        learning rate  ->  batches(step)  ->  balance of the router (faded)  ->  train_step  ->  metrics
         every so often: evaluate, checkpoint; on SIGTERM or SIGINT: checkpoint and stop
 
 Killed at any moment, the same call goes on from the newest whole checkpoint and ends in bitwise equal weights (same
@@ -24,13 +24,15 @@ import torch
 from puna.data import Batch
 from puna.errors import PunaError
 from puna.model import Llama4
-from puna.optim.adamw import build_adamw, set_lr
+from puna.optim import OPTIMIZERS
+from puna.optim.adamw import set_lr
 from puna.optim.schedule import anneal, wsd
 from puna.precision import fp8_training
 from puna.train import checkpoint, memory
+from puna.train.balance import BALANCING, Balancer, balance_metrics
 from puna.train.config import TrainConfig
 from puna.train.metrics import Display, MetricsFile, NoMetrics
-from puna.train.step import Balancer, train_step
+from puna.train.step import train_step
 from puna.train.terms import NextToken, Term
 from puna.train.trackers import Tracker
 
@@ -113,15 +115,20 @@ def train(job: Job) -> Llama4:
     kept = memory.keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
-    optimizer = build_adamw(
+    if job.mesh is None:  # else FSDP had to know it before
+        model.compute_dtype = compute_dtype(config.compute_dtype, model.tok_embeddings.weight.device)
+    optimizer = OPTIMIZERS[config.optimizer](
         model, config.lr, config.weight_decay, (config.beta1, config.beta2), config.eps,
         config.multipliers,
     )  # fmt: skip
-    balancer = Balancer(model, config.balance)
+    balancer = BALANCING[config.balancing](model, config.balance)
+    begun = checkpoint.newest(job.folder)
+    was = begun["config"].get("train", {}).get("optimizer", "adamw") if begun else config.optimizer
+    if was != config.optimizer and not begun["finished"]:
+        raise PunaError(f"{job.folder} was begun with train.optimizer {was}, whose moments {config.optimizer} can't go "
+                        f"on from: set train.optimizer {was}, or choose another folder")  # fmt: skip
     run = checkpoint.resume(job.folder, model, optimizer, balancer, job.mesh)
     done = run["step"] if run else 0
-    if job.mesh is None:  # else FSDP had to know it before
-        model.compute_dtype = compute_dtype(config.compute_dtype, model.tok_embeddings.weight.device)
     model.recompute = config.recompute
     if run and run["finished"]:
         return _finish(model, balancer)
@@ -135,8 +142,8 @@ def train(job: Job) -> Llama4:
     metrics = MetricsFile(job.folder / "metrics.jsonl", done, followers) if main else NoMetrics()
     display = Display(job.name, config.steps, done, job.quiet or not main)
     try:
-        with _signals() as received:
-            _steps(job, optimizer, balancer, done, metrics, display, received)
+        with _signals() as received, _saver(job) as saver:
+            _steps(job, optimizer, balancer, saver, done, metrics, display, received)
     finally:
         metrics.close()
         display.close()
@@ -151,21 +158,30 @@ def _finish(model: Llama4, balancer: Balancer) -> Llama4:
     return model.eval()
 
 
-def _steps(job: Job, optimizer, balancer, done: int, metrics, display, received: list[int]) -> None:
+def _saver(job: Job) -> checkpoint.Saver:
+    """Asynchronous where several processes train, unless the configuration says otherwise."""
+    config, several = job.train, job.mesh is not None
+    asynchronous = several if config.checkpoint_async is None else config.checkpoint_async
+    every = config.keep_every * config.checkpoint_every
+    return checkpoint.Saver(job.folder, job.mesh, asynchronous, config.keep, every)
+
+
+def _steps(job: Job, optimizer, balancer, saver, done: int, metrics, display, received: list[int]) -> None:
     config, model, mesh = job.train, job.model, job.mesh
     skips, start = 0, time.perf_counter()
     for step in range(done, config.steps):
         begin = time.perf_counter()
         model.train()
-        balancer.apply(anneal(step, config.steps))
         multiplier = wsd(step, config.steps, config.warmup, config.decay, config.floor)
         head = wsd(step, config.steps, config.warmup_head or config.warmup, config.decay, config.floor)
         set_lr(optimizer, multiplier, head)
         batch = job.source(step)
+        balancer.apply(anneal(step, config.steps), batch.tokens_BT.numel() * (mesh.layout.rows if mesh else 1))
         waited = time.perf_counter() - begin
         result = train_step(model, optimizer, batch.split(config.accumulate), job.term, config.clip, config.slice, mesh)
         if not result.skipped:
-            balancer.adjust(result.counts)
+            balancer.adjust(result.counts, result.seen)
+            balance_metrics(balancer, result.metrics)
         seconds = time.perf_counter() - begin
         read = _read(batch, mesh)
         metrics.write(
@@ -187,11 +203,9 @@ def _steps(job: Job, optimizer, balancer, done: int, metrics, display, received:
         last, stop = step + 1 == config.steps, bool(received) if mesh is None else mesh.any(bool(received))
         _evaluate(job, balancer, step + 1, last, metrics, display)
         if last or stop or (step + 1) % config.checkpoint_every == 0:
-            checkpoint.save(
-                job.folder, step + 1, last, job.record, model, job.processor, optimizer, balancer, mesh
-            )  # fmt: skip
-            every = config.keep_every * config.checkpoint_every
-            checkpoint.prune(job.folder, 1 if last else config.keep, step + 1, every)
+            saver.save(step + 1, last, job.record, model, job.processor, optimizer, balancer)
+        if last or stop:
+            saver.wait()
         if stop:  # after the last step too: what comes behind this stage must not begin
             raise Stopped(received[0] if received else signal.SIGTERM, step)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from puna.model import Llama4
-from puna.model.moe import moe_layers
+from puna.train.balance import Routes, router_metrics
 from puna.train.terms import Term
 
 if TYPE_CHECKING:  # one process needs no torch.distributed, a step no pictures
@@ -37,35 +37,47 @@ class StepResult:
     skipped: bool
     metrics: dict[str, Any] = field(default_factory=dict)
     counts: list[Tensor] = field(default_factory=list)  # tokens of each expert [E], one entry a MoE layer
+    seen: list[dict[str, Tensor]] = field(default_factory=list)  # sums of `MoE.seen`, likewise
 
 
 def accumulate_gradients(model: Llama4, batch: Batch, term: Term, denominator: int, slice_size: int):
     """Forward and backward of one micro-batch; gradients of (sum of the term / denominator) are added to .grad.
 
-    Returns (sum of the term, dict of metric sums), detached. Where processes share the rows (`model.share`), hidden
-    states are those of this process's own places, and so are the sums; one without any takes part all the same.
+    Returns (sum of the term, dict of metric sums), detached.
     """
     hidden_BTD = term.hidden(model, batch)
+    total, metrics, gradient_BTD = loss_gradient(model, batch, hidden_BTD, term, denominator, slice_size)
+    if hidden_BTD.requires_grad and gradient_BTD is not None:  # not where an adapter on the head is all that is trained
+        hidden_BTD.backward(gradient_BTD)
+    return total, metrics
+
+
+def loss_gradient(model: Llama4, batch: Batch, hidden_BTD: Tensor, term: Term, denominator: int, slice_size: int):
+    """(sum of the term, dict of metric sums, gradient of the hidden states or None where no position counts); the
+    head's own gradient is added to .grad.
+
+    Where processes share the rows (`model.share`), hidden states are those of this process's own places, and so are the
+    sums; one without any takes part all the same.
+    """
     own = model.share.of_batch if model.share is not None else lambda x: x
     place_n = own(batch.valid_BT).flatten().nonzero().squeeze(-1)
     if not place_n.numel() and model.share is None:
-        return hidden_BTD.new_zeros((), dtype=torch.float32), {}
-    hidden_nD = hidden_BTD.flatten(0, 1).index_select(0, place_n)
+        return hidden_BTD.new_zeros((), dtype=torch.float32), {}, None
+    hidden_nD = hidden_BTD.detach().flatten(0, 1).index_select(0, place_n)
     about = {"targets": batch.targets_BT} | dict(batch.extra)
     about = {name: own(each).flatten(0, 1).index_select(0, place_n) for name, each in about.items()}
     total, metrics, gradients = 0.0, {}, []
     for start in range(0, max(place_n.numel(), 1), slice_size):
         part = slice(start, start + slice_size)
-        leaf = hidden_nD[part].detach().requires_grad_()
+        leaf = hidden_nD[part].requires_grad_()
         loss, sums = term(leaf, model.head, {name: each[part] for name, each in about.items()})
         (loss / denominator).backward()
         gradients.append(leaf.grad)
         total = total + loss.detach()
         for name, value in sums.items():
             metrics[name] = metrics.get(name, 0) + value.detach()
-    if hidden_nD.requires_grad:  # not where an adapter on the head is all that is trained
-        hidden_nD.backward(torch.cat(gradients))
-    return total, metrics
+    gradient_nD = torch.zeros_like(hidden_BTD).flatten(0, 1).index_copy(0, place_n, torch.cat(gradients))
+    return total, metrics, gradient_nD.view_as(hidden_BTD)
 
 
 def train_step(model: Llama4, optimizer, batches: list[Batch], term: Term, clip: float, slice_size: int,
@@ -78,35 +90,37 @@ def train_step(model: Llama4, optimizer, batches: list[Batch], term: Term, clip:
     valid, tokens = (sum(int(own(x).sum()) for x in each) for each in (
         [b.valid_BT for b in batches], [b.doc_ids_BT >= 0 for b in batches]))  # fmt: skip
     if mesh is not None:
-        valid, tokens = mesh.sum(torch.tensor([valid, tokens])).tolist()
-    total, sums = torch.zeros(()), {}
-    layers = moe_layers(model)
-    counts = [torch.zeros(m.n_experts, dtype=torch.int64) for m in layers]
-    flips = torch.zeros((), dtype=torch.int64)
-    for batch in batches:
-        loss, metrics = accumulate_gradients(model, batch, term, max(valid, 1), slice_size)
-        total = total + loss
-        for name, value in metrics.items():
+        valid, tokens = (mesh.sum(torch.tensor([valid, tokens])) // mesh.layout.pp).tolist()
+    sums: dict[str, Tensor] = {"loss": torch.zeros(())}
+    routes = Routes(model)
+
+    def add(loss: Tensor, metrics: dict[str, Tensor]) -> None:
+        for name, value in {"loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0) + value
-        for count, layer in zip(counts, layers, strict=True):
-            if layer.counts_E is not None:  # the term may have needed the vision tower alone
-                count += layer.counts_E.cpu()
-            if layer.flips is not None:
-                flips += layer.flips.cpu()
+
+    def last_stage(batch: Batch, hidden_BTD: Tensor) -> Tensor:
+        loss, metrics, gradient_BTD = loss_gradient(model, batch, hidden_BTD, term, max(valid, 1), slice_size)
+        add(loss, metrics)
+        return gradient_BTD
+
+    if model.pipeline is not None:
+        model.pipeline.run(model, batches, last_stage, routes.watch)
+    for batch in batches if model.pipeline is None else ():
+        with routes.watch():
+            add(*accumulate_gradients(model, batch, term, max(valid, 1), slice_size))
     if mesh is not None:
-        total, *summed = mesh.sum(torch.stack([total, *sums.values()]).double())
-        sums = dict(zip(sums, summed, strict=True))
-        *counts, flips = mesh.sum(torch.stack([*counts, flips.expand(model.config.n_experts)])).cpu()
-        flips = flips[0]
+        sums = mesh.sum_named(sums)
+        routes.gather(mesh)
     norm, parts = clip_gradients(model, clip, mesh)
-    loss, grad_norm = float(total) / max(valid, 1), float(norm)
+    loss, grad_norm = float(sums.pop("loss")) / max(valid, 1), float(norm)
     skipped = not (math.isfinite(loss) and math.isfinite(grad_norm)) or not valid
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     measured = {name: float(value) / max(valid, 1) for name, value in sums.items()}
-    measured |= {f"grad/{part}": value for part, value in parts.items()} | router_metrics(counts, flips)
-    return StepResult(loss, grad_norm, tokens, valid, skipped, measured, counts)
+    measured |= {f"grad/{part}": value for part, value in parts.items()}
+    measured |= router_metrics(routes.counts, routes.flips)
+    return StepResult(loss, grad_norm, tokens, valid, skipped, measured, routes.counts, routes.seen)
 
 
 PARTS = {  # what names hold -> the part that they belong to; the rest are dense layers and shared experts
@@ -150,63 +164,3 @@ def clip_gradients(model: Llama4, clip: float, mesh: Mesh | None = None) -> tupl
 def local(tensor: Tensor) -> Tensor:
     """The numbers of a tensor that this process holds: its own memory, also of a DTensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def router_metrics(counts: list[Tensor], flips: Tensor) -> dict[str, float | list[float]]:
-    """How evenly a step's tokens went to the experts: per MoE layer, and the layers' mean. With load_e the share of
-    the tokens times E (1 is even):
-
-        max_load   the busiest expert's load: its layer takes that much longer
-        entropy    -sum p ln p / ln E of the shares p = load / E: 1 is even, 0 is one expert for all
-        dead       the share of experts without a token
-
-    and `flip_share`, the routes that the balance bias changed. "router/layers" has a list by layer of each.
-    """
-    if not any(int(count.sum()) for count in counts):  # no experts, or a term that needs the vision tower alone
-        return {}
-    counts_LE = torch.stack(counts).double()
-    share_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp_min(1)
-    n_experts = counts_LE.shape[1]
-    entropy_L = -torch.special.xlogy(share_LE, share_LE).sum(dim=1) / max(math.log(n_experts), 1e-9)
-    layers = {
-        "max_load": share_LE.max(dim=1).values * n_experts,
-        "entropy": entropy_L.clamp(0, 1),
-        "dead": (counts_LE == 0).double().mean(dim=1),
-    }
-    means = {f"router/{name}": float(value_L.mean()) for name, value_L in layers.items()}
-    rounded = {name: [round(x, 4) for x in value_L.tolist()] for name, value_L in layers.items()}
-    return means | {"router/flip_share": float(flips) / max(1, int(counts_LE.sum())), "router/layers": rounded}
-
-
-class Balancer:
-    """Loss-free load balancing (arXiv 2408.15664): b_e += u * sign(mean load - load_e), re-centred to mean 0.
-
-    The bias moves the argmax while training and nothing else. It is training state: saved with checkpoints, never
-    part of the model. `scale` in 0..1 fades its effect out before a stage ends (`optim.schedule.anneal`). Frozen
-    routers (LoRA) are left alone: they could not learn to do without it.
-    """
-
-    def __init__(self, model: Llama4, update: float):
-        self.layers = moe_layers(model)
-        self.update = update if any(p.requires_grad for m in self.layers for p in m.router.parameters()) else 0.0
-        device = model.tok_embeddings.weight.device
-        self.bias = [torch.zeros(m.n_experts, device=device) for m in self.layers]
-
-    def apply(self, scale: float) -> None:
-        """Hands the faded bias to the routers for the coming step."""
-        for layer, bias in zip(self.layers, self.bias, strict=True):
-            layer.selection_bias_E = bias * scale if self.update > 0 else None
-
-    def adjust(self, counts: list[Tensor]) -> None:
-        """Moves the bias by a step's loads: tokens of each expert [E] over all micro-batches, one entry a layer."""
-        if self.update <= 0:
-            return
-        for count_E, bias in zip(counts, self.bias, strict=True):
-            load = count_E.to(bias)
-            bias += self.update * torch.sign(load.mean() - load)
-            bias -= bias.mean()
-
-    def detach(self) -> None:
-        """Leaves the model as it is used elsewhere: routing by raw logits."""
-        for layer in self.layers:
-            layer.selection_bias_E = None

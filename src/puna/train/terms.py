@@ -115,8 +115,12 @@ class Names:
         logits_nC = unit_nD @ self.classes_CD.T / self.temperature
         loss = cross_entropy(logits_nC, targets_n) + 0.1 * (length_n / self.length - 1).square().sum()
         known_n = batch["edges"].isfinite().all(-1)
-        error_m4 = 0.5 + 2 * unit_nD[known_n] @ self.directions_4D.T - batch["edges"][known_n]
+        error_m4 = self.edges(unit_nD[known_n]) - batch["edges"][known_n]
         loss = loss + 0.5 * error_m4.abs().sum()
         with torch.no_grad():
             right = (logits_nC.argmax(-1) == targets_n).sum()
         return loss, {"accuracy": right, "edges": known_n.sum(), "edge_error": error_m4.detach().abs().mean(1).sum()}
+
+    def edges(self, unit_nD: Tensor) -> Tensor:
+        """[n, 4]: the edges that features of length 1 tell, shares of the tile's side."""
+        return 0.5 + 2 * unit_nD @ self.directions_4D.T

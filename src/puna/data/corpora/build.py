@@ -263,7 +263,7 @@ def read_unit(work: Path, number: int) -> int:
     signatures = Path(f"{place}.{os.getpid()}.signatures")
     with store.Writer(place) as writer, open(signatures, "wb") as minima:
         for batch in _batches(unit, config, counts):
-            found = grams.words([document.text for document in batch])
+            found = grams.words([clean.composed(d.text) if d.lang == "code" else d.text for d in batch], composed=True)
             collisions = held.check(found)
             rows, sizes = grams.signatures(found)
             stay = []

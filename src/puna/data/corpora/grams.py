@@ -16,54 +16,72 @@ hashed: documents of similarity s share a band with probability 1 - (1 - s^8)^16
 """
 
 import unicodedata
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 
 from puna.data.corpora.extra import need
-from puna.nursery.heldout import LETTERS_PER_WORD, TAG, UNSPACED, N
+from puna.nursery.heldout import ALONE, LETTERS_PER_WORD, TAG, N
 
-SEPARATOR = "\n\0"  # between documents; clean.py leaves no \0 in a text, and no tag goes past a line's end
+GAP = "\n\0"  # after each text; clean.py leaves no \0 in one, and no tag goes past a line's end
 SHINGLE = 5  # words of a MinHash element
 PERMUTATIONS, BANDS, SEED = 128, 16, 1
 _B, _C = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95  # odd, so they have inverses
 
-
-@lru_cache(maxsize=1)
-def _classes() -> np.ndarray:
-    """uint8 per code point: 0 no letter, 1 letter or mark, 2 one of a script without spaces."""
-    table = np.array([unicodedata.category(chr(c))[0] in "LM" for c in range(0x110000)], dtype=np.uint8)
-    for first, last in zip(UNSPACED[0::3], UNSPACED[2::3], strict=True):  # pairs joined by "-"
-        table[ord(first) : ord(last) + 1] *= 2
-    return table
+OTHER, LETTER, ALONE_, SPECIAL, UNMET = range(5)  # kinds of code points; alone: of a script without spaces
 
 
-@lru_cache(maxsize=1)
-def _compatible() -> np.ndarray:
-    """bool per code point: NFKC changes it by itself. NFC text without one is NFKC text."""
-    return np.array([not unicodedata.is_normalized("NFKC", chr(c)) for c in range(0x110000)])
+def _mix(x: np.ndarray) -> np.ndarray:
+    """A bijection of 64 bits that spreads every bit (splitmix64's last steps; Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
-def _composed(text: str) -> str:
-    """NFKC of a text without its markup. Normalising costs more than all the rest, so it is asked for first, and what
-    ordinary text holds most (no-break space, ellipsis, Thai's sara am) is replaced by hand."""
-    text = TAG.sub(" ", text)
-    if text.isascii():
-        return text
-    text = text.replace("\u00a0", " ").replace("\u2026", "...").replace("\u0e33", "\u0e4d\u0e32")
-    if unicodedata.is_normalized("NFC", text):
-        points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-        if not _compatible()[points].any():
-            return text
-    return unicodedata.normalize("NFKC", text)
+# By code point, after case folding, filled as texts are met: a text holds some hundreds, all take half a second.
+_kinds = np.full(0x110000, UNMET, dtype=np.uint8)
+_hashes = _mix(np.arange(1, 0x110001, dtype=np.uint64))
 
 
-@lru_cache(maxsize=1)
-def _code_hashes() -> np.ndarray:
-    """uint64 per code point."""
-    return _mix(np.arange(1, 0x110001, dtype=np.uint64))
+def _look_up(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """(code points uint32, kinds uint8) of a text."""
+    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    kinds = _kinds.take(points)
+    if kinds.max(initial=OTHER) < UNMET:
+        return points, kinds
+    for letter in map(chr, np.unique(points[kinds == UNMET]).tolist()):
+        folded = letter.casefold()
+        if len(folded) > 1 or not unicodedata.is_normalized("NFKC", letter):
+            kind = SPECIAL  # what comes out of NFKC and folding holds none
+        elif unicodedata.category(folded)[0] not in "LM":
+            kind = OTHER
+        else:
+            kind = ALONE_ if ALONE.match(folded) else LETTER
+            _hashes[ord(letter)] = _hashes[ord(folded)]
+        _kinds[ord(letter)] = kind
+    return points, _kinds.take(points)
+
+
+def _letters(texts: Sequence[str], composed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """`_look_up` of all texts, GAP after each, without markup and after NFKC. Folding is the tables' business, and so
+    is NFKC of an NFC text, unless one of its code points becomes several. Normalising costs more than all the rest, so
+    what ordinary text holds most of those (no-break space, ellipsis, sara am, sharp s) is replaced by hand."""
+    plain = TAG.sub(" ", GAP.join([*texts, ""]))
+    for common, instead in ("\u00a0", " "), ("\u2026", "..."), ("\u0e33", "\u0e4d\u0e32"), ("ß", "ss"):
+        plain = plain.replace(common, instead)
+    points, kinds = _look_up(plain)
+    others = np.searchsorted(np.flatnonzero(points == 0), np.flatnonzero(kinds == SPECIAL)).tolist()
+    others += [] if composed else [i for i, text in enumerate(texts) if not unicodedata.is_normalized("NFC", text)]
+    if others:
+        plains = plain.split(GAP)
+        for i in set(others):
+            plains[i] = unicodedata.normalize("NFKC", TAG.sub(" ", texts[i])).casefold()
+        points, kinds = _look_up(GAP.join(plains))
+    return points, kinds
 
 
 @lru_cache(maxsize=8)
@@ -82,51 +100,42 @@ def _sums(values: np.ndarray, base: int, starts: np.ndarray, stops: np.ndarray) 
     return _mix((prefix[stops] - prefix[starts]) * _powers(pow(base, -1, 1 << 64), size)[starts])
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64 bits that spreads every bit (splitmix64's last steps; Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 @dataclass(frozen=True)
 class Words:
-    """The words of D documents: hashes uint64 [W], weights uint8 [W] (in letters of an unspaced script), offsets int64
-    [D+1]: document d has words offsets[d]:offsets[d+1]. letters, visible int64 [D]: characters that are letters, and
-    that aren't white space."""
+    """The words of D documents: hashes uint64 [W]; offsets int64 [D+1]: document d has words offsets[d]:offsets[d+1].
+    A word is LETTERS_PER_WORD units long, a letter of an unspaced script one: begins int64 [W], units before a word;
+    at int64 [units+1], the number of words that the first 1, 2, ... units need, W+1 where there are too few. letters,
+    visible int64 [D]: characters that are letters, and that aren't white space."""
 
     hashes: np.ndarray
-    weights: np.ndarray
     offsets: np.ndarray
+    begins: np.ndarray
+    at: np.ndarray
     letters: np.ndarray
     visible: np.ndarray
 
 
-def words(texts: Sequence[str]) -> Words:
-    """All words of `texts` (no "\\0" in them)."""
-    plain = SEPARATOR.join(map(_composed, texts)).casefold()
-    points = np.frombuffer(plain.encode("utf-32-le"), dtype=np.uint32)
-    kind = _classes()[points]
-    edge = np.zeros(len(points) + 2, dtype=np.uint8)
-    edge[1:-1] = kind
-    alone, run = kind == 2, kind == 1
-    starts = np.flatnonzero(alone | (run & (edge[:-2] != 1)))
-    stops = np.flatnonzero(alone | (run & (edge[2:] != 1))) + 1
-    bounds = np.concatenate([[0], np.flatnonzero(points == 0), [len(points)]])
-    per_document = []
-    for mask in (kind > 0, points > 32):  # reduceat gives an empty slice the value at its place: put right by length
-        sums = np.add.reduceat(np.append(mask, False), bounds[:-1], dtype=np.int64)
-        per_document.append(np.where(np.diff(bounds) > 0, sums, 0))
-    hashes = _sums(_code_hashes()[points], _B, starts, stops)
-    weights = np.where(alone[starts], 1, LETTERS_PER_WORD).astype(np.uint8)
-    return Words(hashes, weights, np.searchsorted(starts, bounds), *per_document)
+def words(texts: Sequence[str], composed: bool = False) -> Words:
+    """All words of `texts` (no "\0" in them); composed: they are NFC, and needn't be looked at for that."""
+    points, kinds = _letters(texts, composed)
+    alone, run = np.zeros((2, len(kinds) + 2), dtype=bool)  # with an edge on both sides
+    np.equal(kinds, ALONE_, out=alone[1:-1])
+    np.equal(kinds, LETTER, out=run[1:-1])
+    starts = np.flatnonzero(alone[1:-1] | (run[1:-1] & ~run[:-2]))
+    stops = np.flatnonzero(alone[1:-1] | (run[1:-1] & ~run[2:])) + 1
+    bounds = np.append(0, np.flatnonzero(points == 0) + 1)
+    offsets = np.searchsorted(starts, bounds)
+    units = np.where(alone[1:-1].take(starts), 1, LETTERS_PER_WORD)
+    at = np.append(np.repeat(np.arange(1, len(units) + 1), units), len(units) + 1)
+    letters = np.append(0, np.cumsum(stops - starts)).take(offsets)
+    blanks = np.searchsorted(np.flatnonzero(points <= 32), bounds)
+    return Words(_sums(_hashes.take(points), _B, starts, stops), offsets, np.cumsum(units) - units, at,
+                 np.diff(letters), np.diff(bounds - blanks))  # fmt: skip
 
 
 def grams(found: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
     """(hash of every n words in a row within a document, uint64 [G]; offsets int64 [D+1] of the documents' own)."""
-    reach = np.concatenate([[0], np.cumsum(found.weights, dtype=np.int64)])
-    count = len(found.hashes)
-    stops = np.searchsorted(reach, reach[:count] + n * LETTERS_PER_WORD)
+    stops = found.at.take(found.begins + (n * LETTERS_PER_WORD - 1), mode="clip")
     last = np.repeat(found.offsets[1:], np.diff(found.offsets))  # where each word's document ends
     starts = np.flatnonzero(stops <= last)
     return _sums(found.hashes, _C, starts, stops[starts]), np.searchsorted(starts, found.offsets)
@@ -139,8 +148,8 @@ def signatures(found: Words) -> tuple[np.ndarray, np.ndarray]:
     matrix = need("rensa").RMinHash.digest_matrix_from_flat_token_hashes(
         hashes, offsets.astype(np.uint64), PERMUTATIONS, SEED
     )
-    rows = np.array(matrix.to_rows(), dtype=np.uint32).reshape(len(offsets) - 1, PERMUTATIONS)
-    return rows, np.diff(offsets)
+    rows = np.array(array("I", chain.from_iterable(matrix.to_rows())), dtype=np.uint32)
+    return rows.reshape(len(offsets) - 1, PERMUTATIONS), np.diff(offsets)
 
 
 def bands(rows: np.ndarray) -> np.ndarray:

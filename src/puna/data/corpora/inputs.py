@@ -30,6 +30,7 @@ import posixpath
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from puna.data.corpora.clean import PLACE, Document
@@ -56,6 +57,19 @@ def filesystem(spec: str) -> tuple[Any, str]:
         raise PunaError(f"can't open {spec}: {error}") from None
 
 
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """PunaError with `what` and the reason for what a file system raises: OSError, or a type of a library's own, as
+    those of object stores and packers have."""
+    try:
+        yield
+    except Exception as error:
+        own = type(error).__module__.partition(".")[0] in ("builtins", "puna")
+        if own and not isinstance(error, (OSError, EOFError)):
+            raise
+        raise PunaError(f"{what}: {(str(error) or repr(error)).splitlines()[0]}") from None
+
+
 def kind(path: str) -> str:
     """jsonl, parquet, tar, text, code or image by a file's name; empty for what isn't read."""
     name = path.lower()
@@ -80,14 +94,12 @@ def plan(name: str, spec: str) -> tuple[list[dict], dict]:
     if spec.startswith("pasture:"):
         return _plan_source(name, spec)
     fs, path = filesystem(spec)
-    try:
+    with _told(f"can't list {spec}"):
         # Hidden files, and what lies in hidden folders, are nobody's data.
         found = fs.find(path, detail=True) if fs.isdir(path) else fs.glob(path, detail=True) if "*" in path else {}
         if not found and fs.isfile(path):
             found = {path: fs.info(path)}
-    except OSError as error:
-        raise PunaError(f"can't list {spec}: {error}") from None
-    root = path if fs.isdir(path) else posixpath.dirname(path)
+        root = path if fs.isdir(path) else posixpath.dirname(path)
     files = {}
     for file, info in sorted(found.items()):
         if not any(part.startswith(".") for part in posixpath.relpath(file, root).split("/")):
@@ -142,15 +154,11 @@ def _unit(name: str, sort: str, files: list[dict], **more: Any) -> dict:
 
 def _row_groups(name: str, fs: Any, item: dict) -> list[dict]:
     """Units of whole row groups."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with fs.open(item["path"], "rb") as file:
-            about = pq.ParquetFile(file).metadata
-            sizes = [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
-    except (OSError, pa.ArrowException) as error:
-        raise PunaError(f"{item['path']} is no whole Parquet file: {str(error).splitlines()[0]}") from None
+    with _told(f"{item['path']} is no whole Parquet file or can't be read"), fs.open(item["path"], "rb") as file:
+        about = pq.ParquetFile(file).metadata
+        sizes = [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
     units, first, size = [], 0, 0
     for i, own in enumerate(sizes):
         size += own
@@ -206,9 +214,10 @@ def _dataset(spec: str) -> Any:
 def rows(unit: dict, text_column: str) -> Iterator[tuple[str, Any]]:
     """(where, raw row) of a unit; `document` makes a Document of the row."""
     if unit["kind"] == "hf":
-        examples = _dataset(unit["spec"]).shard(num_shards=unit["stop"], index=unit["start"])
-        for i, row in enumerate(examples):
-            yield f"{unit['spec']}#{unit['start']}.{i}", row
+        with _told(f"can't stream {unit['spec']}"):
+            examples = _dataset(unit["spec"]).shard(num_shards=unit["stop"], index=unit["start"])
+            for i, row in enumerate(examples):
+                yield f"{unit['spec']}#{unit['start']}.{i}", row
         return
     if unit["kind"] == "pasture":
         from puna.data.corpora import pasture
@@ -220,7 +229,7 @@ def rows(unit: dict, text_column: str) -> Iterator[tuple[str, Any]]:
         return
     fs, _ = filesystem(unit["spec"])
     for item in unit["files"]:
-        try:
+        with _told(f"can't read {item['path']}"):
             if unit["kind"] == "files":
                 yield item["path"], item
                 continue
@@ -234,8 +243,6 @@ def rows(unit: dict, text_column: str) -> Iterator[tuple[str, Any]]:
                     yield from _table(file, item["path"], unit, text_column)
                 else:
                     yield from _samples(file, item["path"])
-        except (OSError, EOFError, tarfile.TarError) as error:
-            raise PunaError(f"can't read {item['path']}: {error}") from None
 
 
 def _lines(file: Any, start: int, stop: float) -> Iterator[tuple[int, bytes]]:
@@ -298,7 +305,7 @@ def place(where: str, unit: dict) -> str:
     path, _, offset = where.rpartition("@")
     if unit["kind"] != "jsonl":
         return where
-    with filesystem(unit["spec"])[0].open(path, "rb", compression="infer") as file:
+    with _told(f"can't read {path}"), filesystem(unit["spec"])[0].open(path, "rb", compression="infer") as file:
         left, number = int(offset), 1
         while left > 0 and (block := file.read(min(left, BLOCK))):
             left, number = left - len(block), number + block.count(b"\n")
@@ -383,11 +390,18 @@ def _bytes(image: Any, unit: dict) -> bytes:
             return b""
     if "://" in image or image.startswith("/") or ".." in image.split("/") or not unit["files"]:
         raise PunaError(f"image {image[:80]!r}: only files beside the data are read, by a path without ..")
-    fs, _ = filesystem(unit["spec"])
-    try:
-        return fs.cat_file(posixpath.join(posixpath.dirname(unit["files"][0]["path"]), image))
-    except OSError:
-        return b""
+    return _whole(posixpath.join(posixpath.dirname(unit["files"][0]["path"]), image), unit, missing=b"")
+
+
+def _whole(path: str, unit: dict, missing: bytes | None = None) -> bytes:
+    """A file's bytes, or `missing`. PunaError: it can't be read, or is not there and `missing` is None."""
+    with _told(f"can't read {path}"):
+        try:
+            return filesystem(unit["spec"])[0].cat_file(path)
+        except FileNotFoundError:
+            if missing is None:
+                raise
+            return missing
 
 
 def _sample_row(sample: dict[str, bytes]) -> dict:
@@ -406,20 +420,19 @@ def _sample_row(sample: dict[str, bytes]) -> dict:
 
 def _file(name: str, item: dict, unit: dict) -> Document:
     """A text, code or picture file."""
-    fs, _ = filesystem(unit["spec"])
     path, sort = item["path"], kind(item["path"])
     if sort != "image":
-        return Document(name, _decoded(fs.cat_file(path)), lang="code" if sort == "code" else "")
+        return Document(name, _decoded(_whole(path, unit)), lang="code" if sort == "code" else "")
     caption = ""
     if item["caption"]:
-        caption = _decoded(fs.cat_file(item["caption"])).strip()
+        caption = _decoded(_whole(item["caption"], unit)).strip()
         if item["caption"].endswith(".json"):
             try:
                 found = json.loads(caption)
                 caption = found.get("caption") or found.get("text") or ""
             except (ValueError, AttributeError) as error:
                 raise PunaError(f"its caption {item['caption']} is no JSON object ({error})") from None
-    return Document(name, PLACE + caption.replace(PLACE, ""), [fs.cat_file(path)])
+    return Document(name, PLACE + caption.replace(PLACE, ""), [_whole(path, unit)])
 
 
 def _decoded(data: bytes) -> str:

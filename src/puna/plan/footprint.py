@@ -1,29 +1,25 @@
-"""What LoRA needs in memory, by arithmetic; `python -m puna.train.footprint` prints the table of docs/finetuning.md.
+"""What LoRA needs in memory, by arithmetic; `python -m puna.plan.footprint` prints the table of docs/finetuning.md.
 
     base          parameters x their bits: bfloat16 16; int8 and int4 take 8 and 4 and a 32-bit scale for every 128
     adapters      r (in + out) a matrix, for every expert; float32
     training      a gradient and two moments of every number of the adapters; float32
-    activations   bytes that the backward pass keeps, a token and layer, in bfloat16, nothing recomputed:
-                  attention   6 D + 2 (3 H + 2 K) d in global layers; in local ones 6 D + 6 (H + K) d, and with QK-norm
-                              4 (H + K) d more
-                  after it    8 D + 16 F in a MoE layer, 6 D + 8 F' in a dense one
-    head          a slice of the loss: logits in bfloat16 and float32, their log-probabilities and gradient
+    activations   what the backward pass keeps of frozen layers in bfloat16 (memory.py), nothing recomputed
+    head          a slice of the loss: logits and their log-softmax
     one matrix    the largest expert or linear while it is brought back from integers
 
-D, F, F', H, K, d: the configuration's widths and heads. Text; a tile adds the vision tower's activations. All but the
-activations are counted by the test on the meta device, the activations by hooks on what autograd saves.
+Text; a tile adds the vision tower's activations. All but the activations are counted by the test on the meta device,
+the activations by hooks on what autograd saves.
 """
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-import torch
-
-from puna.model import Llama4, ModelConfig, preset
+from puna.model import ModelConfig, preset
 from puna.model.lora import LoRAConfig
-from puna.precision import int8
-from puna.precision.quantized import EXPERTS, SCHEMES
+from puna.plan.flops import shapes
+from puna.plan.memory import head_slice, kept, weight_bytes
+from puna.precision.quantized import SCHEMES
 
 GB = 1e9
 
@@ -47,40 +43,23 @@ def matrices(config: ModelConfig, layer: int) -> dict[str, tuple[int, int, int]]
     return {prefix + name: shape for name, shape in found.items()}
 
 
-def activations(config: ModelConfig, layer: int) -> int:
-    """Bytes a token that the backward pass keeps of one layer, where attention and what follows are adapted."""
-    c, d, heads = config, config.head_dim, config.n_heads + config.n_kv_heads
-    if c.is_nope(layer):
-        attention = 6 * c.d_model + 2 * (3 * c.n_heads + 2 * c.n_kv_heads) * d
-    else:
-        attention = 6 * c.d_model + (6 + 4 * c.qk_norm) * heads * d
-    ffn = 8 * c.d_model + 16 * c.expert_width if c.is_moe(layer) else 6 * c.d_model + 8 * c.dense_width
-    return attention + ffn
-
-
 def footprint(config: ModelConfig, lora: LoRAConfig, tokens: int, rows: int = 1024) -> dict[str, float]:
     """Bytes by part for micro-batches of `tokens` tokens, the loss in slices of `rows` positions; what is not integers
     is bfloat16, or float32 where `lora.base` says so."""
-    with torch.device("meta"):
-        count = Llama4(config).parameter_count()
     layers = [shape for i in range(config.n_layers) for shape in matrices(config, i).items()]
-    scheme = SCHEMES.get(lora.base)
-    bits = scheme.BITS + 32 / int8.GROUP if scheme else 0
-    whole = [n * a * b for name, (n, a, b) in layers if scheme and any(fnmatchcase(name, p) for p in EXPERTS)]
-    rest = count.total - sum(whole)
+    integers = lora.base in SCHEMES
     adapters = sum(
         lora.rank_of(name) * n * (a + b)
         for name, (n, a, b) in layers
         if any(fnmatchcase(name, p) for p in lora.targets)
     )
-    largest = max((a * b for name, (_, a, b) in layers), default=0)
     return {
-        "base": sum(whole) * bits / 8 + rest * (4 if lora.base == "float32" else 2),
+        "base": sum(weight_bytes(config, lora.base, name, shape) for name, shape in shapes(config).items()),
         "adapters": 4 * adapters,
         "training": 12 * adapters,
-        "activations": tokens * sum(activations(config, i) for i in range(config.n_layers)),
-        "head": rows * config.vocab_size * (2 + 4 + 4 + 2),
-        "one matrix": largest * (4 + 4 + 1 + 2) if scheme else 0,
+        "activations": tokens * sum(kept(config, i, frozen=True) for i in range(config.n_layers)),
+        "head": head_slice(rows, config.vocab_size),
+        "one matrix": max((a * b for _, (_, a, b) in layers), default=0) * (4 + 4 + 1 + 2) if integers else 0,
     }
 
 

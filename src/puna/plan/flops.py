@@ -13,24 +13,26 @@ Exact for whole rows of one document; packed short documents attend less. Recomp
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
 
 from puna.model import Llama4, ModelConfig
-from puna.model.config import ParameterCount
+from puna.model.config import ParameterCount, count_parameters
 
 
 @lru_cache(maxsize=16)
-def _shapes(config: ModelConfig) -> tuple[ParameterCount, dict[str, int]]:
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by its name, without making the model."""
     with torch.device("meta"):
-        model = Llama4(config)
-    return model.parameter_count(), {name: p.numel() for name, p in model.named_parameters()}
+        return {name: tuple(p.shape) for name, p in Llama4(config).named_parameters()}
 
 
+@lru_cache(maxsize=16)
 def parameter_count(config: ModelConfig) -> ParameterCount:
     """Parameters by part, without making the model."""
-    return _shapes(config)[0]
+    return count_parameters(config, shapes(config))
 
 
 def mean_keys(seq_len: int, chunk: int | None = None) -> float:
@@ -42,17 +44,19 @@ def mean_keys(seq_len: int, chunk: int | None = None) -> float:
     return (whole * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2) / seq_len
 
 
+@lru_cache(maxsize=1024)
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Forward and backward work for one token in rows of `seq_len`; pictures' towers not counted."""
     keys = sum(mean_keys(seq_len, None if config.is_nope(layer) else config.chunk) for layer in range(config.n_layers))
     return 6 * parameter_count(config).active_without_embedding + 12 * config.n_heads * config.head_dim * keys
 
 
+@lru_cache(maxsize=64)
 def flops_per_tile(config: ModelConfig) -> float:
     """Forward and backward work of the vision tower for one tile; 0 for a model without."""
     if config.vision is None:
         return 0.0
-    v, sizes = config.vision, _shapes(config)[1]
+    v, sizes = config.vision, {name: math.prod(shape) for name, shape in shapes(config).items()}
     joint = sum(n for name, n in sizes.items() if name.startswith(("vision.adapter", "vision.projector")))
     tower = sum(n for name, n in sizes.items() if name.startswith("vision.")) - joint
     tower -= sizes["vision.positional_embedding"] + sizes["vision.class_embedding"]  # added, not multiplied

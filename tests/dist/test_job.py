@@ -1,0 +1,78 @@
+"""Whole commands under torchrun: a stage on several processes is the stage on one; a lost process ends the job with a
+word about it, and the same command goes on, with another layout too."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from lifecycle_helpers import TINY, checkpoints, losses, puna
+
+STAGE = ("--train.steps", "12", "--train.rows", "12", "--train.accumulate", "2", "--train.checkpoint_every", "3")
+
+
+def start(folder, processes, *words):
+    (folder / "tiny.py").write_text(TINY, encoding="utf-8")
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0",
+         "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "puna", "pretrain", "tiny.py", *words],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_for(job, stage, step):
+    """Until there is a checkpoint of this step."""
+    deadline = time.monotonic() + 120
+    while step not in checkpoints(stage):
+        assert job.poll() is None, job.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "tiny.py").write_text(TINY, encoding="utf-8")
+    puna(folder, "pretrain", "tiny.py", *STAGE)
+    return folder / "runs" / "tiny"
+
+
+def test_killed_and_resumed_on_other_processes_it_follows_the_run_of_one(alone, tmp_path):
+    stage = tmp_path / "runs" / "tiny" / "pretrain"
+    job = start(tmp_path, 4, *STAGE, "--parallel.ep", "2", "--parallel.tp", "2")
+    wait_for(job, stage, 3)
+    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    begin = time.monotonic()
+    said = job.communicate(timeout=90)[0]
+    assert job.returncode != 0 and time.monotonic() - begin < 60
+    assert re.search(r"SIGKILL|Signal 9", said) and "lost another process" in said
+    job = start(tmp_path, 2, *STAGE, "--parallel.pp", "2")
+    wait_for(job, stage, max(checkpoints(stage)) + 3)
+    os.killpg(job.pid, signal.SIGTERM)
+    job.communicate(timeout=90)
+    job = start(tmp_path, 3, *STAGE)
+    said = job.communicate(timeout=180)[0]
+    assert job.returncode == 0, said
+    one, many = losses(alone / "pretrain"), losses(stage)
+    assert [line["step"] for line in many] == list(range(12))
+    for a, b in zip(one, many, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
+        assert (a["tokens"], a["valid"], a["sources"], a["source_tokens"], a["tiles"]) == (
+            b["tokens"], b["valid"], b["sources"], b["source_tokens"], b["tiles"])  # fmt: skip
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--parallel.tp", "3"), r"parallel: dp_replicate 1 x dp_shard 1 x cp 1 x tp 3"),
+    (("--parallel.ep", "2", "--train.rows", "3", "--train.accumulate", "1"), "train.rows 3 must be a multiple of"),
+    (("--parallel.cp", "2", "--data.seq_len", "64"), "parallel.cp 2: rows are cut between chunks"),
+])  # fmt: skip
+def test_what_does_not_fit_is_told(tmp_path, words, message):
+    job = start(tmp_path, 2, *words)
+    said = job.communicate(timeout=120)[0]
+    assert job.returncode != 0 and re.search("puna: error: .*" + re.escape(message), said), said

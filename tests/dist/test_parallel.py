@@ -1,0 +1,75 @@
+"""Every parallelism, and every pair that makes sense, against one process: loss, gradients, weights, router's counts."""
+
+import pytest
+import torch
+from dist_helpers import alone, parallel_step
+
+LAYOUTS = {
+    "fsdp2": (2, {}),
+    "fsdp4": (4, {}),
+    "copies": (2, dict(dp_replicate=2)),
+    "hsdp": (4, dict(dp_replicate=2)),
+    "ep2": (2, dict(ep=2)),
+    "ep4": (4, dict(ep=4)),
+    "ep2 fsdp4": (4, dict(ep=2)),
+    "ep2 copies": (4, dict(dp_replicate=2, ep=2)),
+    "tp2": (2, dict(tp=2)),
+    "tp4": (4, dict(tp=4)),
+    "tp2 fsdp2": (4, dict(tp=2)),
+    "tp2 ep2": (2, dict(tp=2, ep=2)),
+    "tp2 fsdp2 ep4": (4, dict(tp=2, ep=4)),
+    "cp2": (2, dict(cp=2)),
+    "cp4": (4, dict(cp=4)),
+    "cp2 fsdp2": (4, dict(cp=2)),
+    "cp2 ep2": (2, dict(cp=2, ep=2)),
+    "cp2 tp2": (4, dict(cp=2, tp=2)),
+    "cp2 tp2 ep4": (4, dict(cp=2, tp=2, ep=4)),
+}
+
+
+def compare(pool, kind, world, layout, dtype=torch.float64, accumulate=1, clip=1e9, recompute=0, **options):
+    expected, gradients, weights = alone(kind, dtype, accumulate, clip, **options)
+    results = pool.run(parallel_step, world, kind, layout, dtype, accumulate, clip, recompute, options)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    filled = {name: torch.zeros(g.shape, dtype=torch.int64) for name, g in gradients.items()}
+    for result, held in results:
+        assert result.loss == pytest.approx(expected.loss, rel=tolerance)
+        assert result.grad_norm == pytest.approx(expected.grad_norm, rel=tolerance)
+        assert (result.valid, result.tokens) == (expected.valid, expected.tokens)
+        assert all(torch.equal(a, b) for a, b in zip(result.counts, expected.counts, strict=True))
+        assert result.metrics.keys() == expected.metrics.keys()
+        for name, value in expected.metrics.items():
+            if isinstance(value, float):
+                assert result.metrics[name] == pytest.approx(value, rel=tolerance, abs=1e-9)
+        for name, (part, gradient, weight) in held.items():
+            whole = gradients[name]
+            assert (part.cut(whole) - gradient).norm() <= tolerance * whole.norm(), name
+            assert (part.cut(weights[name]) - weight).norm() <= tolerance * weights[name].norm(), name
+            for where, _ in part.blocks():
+                filled[name][where] += 1
+    copies = layout.get("dp_replicate", 1)
+    for name, count in filled.items():
+        assert bool((count == copies).all()), f"{name} is not held exactly once a copy"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("kind", ["scout", "maverick"])
+def test_a_step_equals_one_process(pool, kind, name):
+    world, layout = LAYOUTS[name]
+    compare(pool, kind, world, layout)
+
+
+@pytest.mark.parametrize("layout", [{}, dict(cp=2), dict(tp=2, ep=2)], ids=str)
+def test_float32_within_the_documented_tolerance(pool, layout):
+    compare(pool, "scout", 2, layout, torch.float32)
+
+
+@pytest.mark.parametrize("layout", [{}, dict(cp=2, ep=2), dict(tp=2)], ids=str)
+def test_accumulation_clipping_and_recomputing(pool, layout):
+    compare(pool, "maverick", 2, layout, accumulate=2, clip=0.01, recompute=1)
+
+
+@pytest.mark.parametrize("layout", [dict(cp=2), dict(tp=2)], ids=str)
+@pytest.mark.parametrize("options", [dict(packed=False), dict(pictures=False)], ids=str)
+def test_one_document_and_no_pictures(pool, layout, options):
+    compare(pool, "scout", 2, layout, **options)
