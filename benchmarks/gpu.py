@@ -28,6 +28,7 @@ import dataclasses
 import gc
 import json
 import lzma
+import math
 import platform
 import resource
 import statistics
@@ -62,6 +63,7 @@ from puna.train.terms import NextToken
 
 SLICE = 4096  # positions of the loss at once
 PART_SECONDS = 450.0  # then no new row is begun
+CURVE_SECONDS = 300.0  # of a curve's longest, bfloat16's
 CARDS = {  # part of a card's name: dense bfloat16 TFLOP/s, memory TB/s (NVIDIA's data sheets); the first that fits
     "GB200": (2500, 8.0), "B200": (2250, 8.0), "H200": (989, 4.8), "H100 NVL": (835, 3.9), "H100 PCIe": (756, 2.0),
     "H100": (989, 3.35), "A100": (312, 2.0), "L40S": (362, 0.86), "4090": (165, 1.0),
@@ -303,12 +305,14 @@ class Training:
         seconds = self.machine.seconds(lambda: [self.step() for _ in range(self.scale.window)])
         return self.scale.window * self.scale.rows * self.scale.seq_len / seconds
 
-    def curve(self) -> dict:
-        """Trains on; losses in ten means, and the last tenth's."""
-        results = [self.step() for _ in range(self.scale.steps)]
+    def curve(self, steps: int, seconds: float = math.inf) -> dict:
+        """Trains for some steps, fewer where they would take longer than `seconds`; losses in ten means."""
+        results, begin = [], time.perf_counter()
+        while len(results) < steps and time.perf_counter() - begin < seconds:
+            results.append(self.step())
         size = max(1, len(results) // 10)
         means = [statistics.fmean(r.loss for r in results[i : i + size]) for i in range(0, len(results), size)]
-        return {"loss": means[-1], "losses": means, "skipped": sum(r.skipped for r in results),
+        return {"loss": means[-1], "n": len(results), "losses": means, "skipped": sum(r.skipped for r in results),
                 "max_load": results[-1].metrics["router/max_load"]} | self.shape()
 
     def shape(self) -> dict:
@@ -383,12 +387,13 @@ def train_bf16(scale: Scale, machine: Machine, result: Result):
                    stderr=statistics.stdev(rates) / 3**0.5 / rate * mfu, **machine.goal(0.4, mfu >= 0.4),
                    tokens_per_second=rate, **training.shape())  # fmt: skip
 
-    def curve() -> None:
-        found = Training(scale, machine).curve()
-        result.add("train_bf16/loss", found.pop("loss"), "nats, mean of the last tenth", scale.steps, **found)
-
     yield "train_bf16/mfu", run
-    yield "train_bf16/loss", curve
+    yield "train_bf16/loss", lambda: base_curve(scale, machine, result)
+
+
+def base_curve(scale: Scale, machine: Machine, result: Result) -> None:
+    found = Training(scale, machine).curve(scale.steps, CURVE_SECONDS)
+    result.add("train_bf16/loss", found.pop("loss"), "nats, mean of the last tenth", **found)
 
 
 def train_fp8(scale: Scale, machine: Machine, result: Result):
@@ -410,13 +415,13 @@ def train_fp8(scale: Scale, machine: Machine, result: Result):
 
     def curve(recipe: str) -> None:
         if result.find("train_bf16/loss") is None:
-            found = Training(scale, machine).curve()
-            result.add("train_bf16/loss", found.pop("loss"), "nats, mean of the last tenth", scale.steps, **found)
+            base_curve(scale, machine, result)
         machine.reset()
-        found, base = Training(scale, machine, recipe).curve(), result.find("train_bf16/loss")["value"]
-        off = found["loss"] / base - 1
-        result.add(f"train_fp8/loss/{recipe}", off, "of bfloat16's loss", scale.steps, ours=found.pop("loss"),
-                   peer=base, ratio=1 + off, **machine.goal(0.005, abs(off) <= 0.005), **found)  # fmt: skip
+        base = result.find("train_bf16/loss")
+        found = Training(scale, machine, recipe).curve(base["n"])
+        off = found["loss"] / base["value"] - 1
+        result.add(f"train_fp8/loss/{recipe}", off, "of bfloat16's loss", ours=found.pop("loss"), peer=base["value"],
+                    ratio=1 + off, **machine.goal(0.005, abs(off) <= 0.005), **found)  # fmt: skip
 
     yield "train_fp8/speed/tensorwise", speeds
     for recipe in ("rowwise", "tensorwise"):
