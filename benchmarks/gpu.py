@@ -28,6 +28,7 @@ import dataclasses
 import gc
 import json
 import lzma
+import math
 import platform
 import resource
 import statistics
@@ -51,12 +52,18 @@ from puna.model import Llama4, ModelConfig, preset
 from puna.model.init import std_of
 from puna.optim import build_adamw
 from puna.optim.adamw import set_lr
+from puna.plan.flops import flops_per_token
+from puna.plan.layout import ONE
+from puna.plan.memory import PRECISIONS, Schedule, training_memory
 from puna.precision import fp8_training
 from puna.testing.reference import reference_logits
-from puna.train.step import Balancer, train_step
+from puna.train.balance import Bias
+from puna.train.step import train_step
 from puna.train.terms import NextToken
 
+SLICE = 4096  # positions of the loss at once
 PART_SECONDS = 450.0  # then no new row is begun
+CURVE_SECONDS = 300.0  # of a curve's longest, bfloat16's
 CARDS = {  # part of a card's name: dense bfloat16 TFLOP/s, memory TB/s (NVIDIA's data sheets); the first that fits
     "GB200": (2500, 8.0), "B200": (2250, 8.0), "H200": (989, 4.8), "H100 NVL": (835, 3.9), "H100 PCIe": (756, 2.0),
     "H100": (989, 3.35), "A100": (312, 2.0), "L40S": (362, 0.86), "4090": (165, 1.0),
@@ -224,16 +231,6 @@ def batches(scale: Scale, machine: Machine, step: int, rows: int, tokens_N: Tens
                               tiles=None, extra={})  # fmt: skip
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """As plan/flops.py (a test holds them equal), forward and backward."""
-    with torch.device("meta"):
-        active = Llama4(config).parameter_count().active_without_embedding
-    whole, rest = divmod(seq_len, config.chunk)
-    local = (whole * config.chunk * (config.chunk + 1) / 2 + rest * (rest + 1) / 2) / seq_len
-    keys = sum((seq_len + 1) / 2 if config.is_nope(layer) else local for layer in range(config.n_layers))
-    return 6 * active + 12 * config.n_heads * config.head_dim * keys
-
-
 def build(config: ModelConfig, machine: Machine, dtype: torch.dtype) -> Llama4:
     """A new model, drawn on the device: the deviations of model/init.py, other numbers."""
     with torch.device("meta"):
@@ -263,7 +260,7 @@ class Training:
         self.model.compute_dtype = machine.dtype
         fp8_training.attach(self.model, fp8)
         self.optimizer = build_adamw(self.model, lr, 0.1, (0.9, 0.95), 1e-8)
-        self.balancer = Balancer(self.model, 1e-3)
+        self.balancer = Bias(self.model, 1e-3)
         seconds = {}
         for recompute in (0, 2, 1):  # no block computed twice, every second, all: memory for time, for larger products
             rows = scale.rows
@@ -292,14 +289,14 @@ class Training:
         """The initial values again: curves begin alike, whatever was tried before."""
         fill(self.model)
         self.optimizer.state.clear()
-        self.balancer, self.done = Balancer(self.model, 1e-3), 0
+        self.balancer, self.done = Bias(self.model, 1e-3), 0
 
     def step(self):
         set_lr(self.optimizer, min(1.0, (self.done + 1) / self.warmup))
         self.balancer.apply(1.0)
         micro = list(batches(self.scale, self.machine, self.done, self.rows, self.tokens_N))
-        result = train_step(self.model, self.optimizer, micro, NextToken(), 1.0, 4096)
-        self.balancer.adjust(result.counts)
+        result = train_step(self.model, self.optimizer, micro, NextToken(), 1.0, SLICE)
+        self.balancer.adjust(result.counts, result.seen)
         self.done += 1
         return result
 
@@ -308,12 +305,14 @@ class Training:
         seconds = self.machine.seconds(lambda: [self.step() for _ in range(self.scale.window)])
         return self.scale.window * self.scale.rows * self.scale.seq_len / seconds
 
-    def curve(self) -> dict:
-        """Trains on; losses in ten means, and the last tenth's."""
-        results = [self.step() for _ in range(self.scale.steps)]
+    def curve(self, steps: int, seconds: float = math.inf) -> dict:
+        """Trains for some steps, fewer where they would take longer than `seconds`; losses in ten means."""
+        results, begin = [], time.perf_counter()
+        while len(results) < steps and time.perf_counter() - begin < seconds:
+            results.append(self.step())
         size = max(1, len(results) // 10)
         means = [statistics.fmean(r.loss for r in results[i : i + size]) for i in range(0, len(results), size)]
-        return {"loss": means[-1], "losses": means, "skipped": sum(r.skipped for r in results),
+        return {"loss": means[-1], "n": len(results), "losses": means, "skipped": sum(r.skipped for r in results),
                 "max_load": results[-1].metrics["router/max_load"]} | self.shape()
 
     def shape(self) -> dict:
@@ -388,12 +387,13 @@ def train_bf16(scale: Scale, machine: Machine, result: Result):
                    stderr=statistics.stdev(rates) / 3**0.5 / rate * mfu, **machine.goal(0.4, mfu >= 0.4),
                    tokens_per_second=rate, **training.shape())  # fmt: skip
 
-    def curve() -> None:
-        found = Training(scale, machine).curve()
-        result.add("train_bf16/loss", found.pop("loss"), "nats, mean of the last tenth", scale.steps, **found)
-
     yield "train_bf16/mfu", run
-    yield "train_bf16/loss", curve
+    yield "train_bf16/loss", lambda: base_curve(scale, machine, result)
+
+
+def base_curve(scale: Scale, machine: Machine, result: Result) -> None:
+    found = Training(scale, machine).curve(scale.steps, CURVE_SECONDS)
+    result.add("train_bf16/loss", found.pop("loss"), "nats, mean of the last tenth", **found)
 
 
 def train_fp8(scale: Scale, machine: Machine, result: Result):
@@ -415,13 +415,13 @@ def train_fp8(scale: Scale, machine: Machine, result: Result):
 
     def curve(recipe: str) -> None:
         if result.find("train_bf16/loss") is None:
-            found = Training(scale, machine).curve()
-            result.add("train_bf16/loss", found.pop("loss"), "nats, mean of the last tenth", scale.steps, **found)
+            base_curve(scale, machine, result)
         machine.reset()
-        found, base = Training(scale, machine, recipe).curve(), result.find("train_bf16/loss")["value"]
-        off = found["loss"] / base - 1
-        result.add(f"train_fp8/loss/{recipe}", off, "of bfloat16's loss", scale.steps, ours=found.pop("loss"),
-                   peer=base, ratio=1 + off, **machine.goal(0.005, abs(off) <= 0.005), **found)  # fmt: skip
+        base = result.find("train_bf16/loss")
+        found = Training(scale, machine, recipe).curve(base["n"])
+        off = found["loss"] / base["value"] - 1
+        result.add(f"train_fp8/loss/{recipe}", off, "of bfloat16's loss", ours=found.pop("loss"), peer=base["value"],
+                    ratio=1 + off, **machine.goal(0.005, abs(off) <= 0.005), **found)  # fmt: skip
 
     yield "train_fp8/speed/tensorwise", speeds
     for recipe in ("rowwise", "tensorwise"):
@@ -462,25 +462,19 @@ def memory(scale: Scale, machine: Machine, result: Result):
         machine.reset()
         training.step()
         measured = machine.peak_bytes() - (0 if machine.cuda else before)
-        planned = plan(scale, training)
-        ratio = planned / measured if planned and measured else None
+        planned = planned_bytes(scale, training)
+        ratio = planned / measured if measured else None
         unit = "GB at the peak of a step" if machine.cuda else "GB more than ever before, resident"
-        result.add("memory/step", measured / 1e9, unit, ours=planned and planned / 1e9,
+        result.add("memory/step", measured / 1e9, unit, ours=planned / 1e9,
                    peer=measured / 1e9, ratio=ratio, **(machine.goal(0.15, abs(ratio - 1) <= 0.15) if ratio else {}),
                    **training.shape())  # fmt: skip
 
     yield "memory/step", run
 
 
-def plan(scale: Scale, training: Training) -> float | None:
-    """The planner's bytes for this step; None in a checkout that has no planner."""
-    try:
-        from puna.plan.layout import ONE
-        from puna.plan.memory import PRECISIONS, Schedule, training_memory
-    except ImportError:
-        return None
+def planned_bytes(scale: Scale, training: Training) -> float:
     precision = PRECISIONS["mixed" if training.machine.cuda else "float32"]
-    schedule = Schedule(rows=training.rows, recompute=training.model.recompute, slice=4096)
+    schedule = Schedule(rows=training.rows, recompute=training.model.recompute, slice=SLICE)
     return sum(training_memory(scale.config, ONE, schedule, precision, scale.seq_len).values())
 
 
