@@ -38,14 +38,17 @@ class Noise:
     """A model of random numbers, made row by row."""
 
     def __init__(self, config):
-        self.config, self.shapes = config, parameter_shapes(config)
+        self.config, self.sizes = config, parameter_shapes(config)
         self.noise = torch.randn(2**22).bfloat16()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.sizes
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.bfloat16
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        shape = (stop - start, *self.shapes[name][1:])
+        shape = (stop - start, *self.sizes[name][1:])
         count = torch.Size(shape).numel()
         return self.noise.repeat(count // len(self.noise) + 1)[:count].view(shape)
 

@@ -1,7 +1,7 @@
 """What each cure of docs/LOG.md's leaks is worth: seconds of a training step of a recipe with it, and without.
 
-    python benchmarks/step_cpu.py --out step_cpu.json            (about 15 minutes on two cores)
-    python benchmarks/step_cpu.py --quick --out step_cpu.json    (about 6)
+    python benchmarks/step_cpu.py --out step_cpu.json            (about 20 minutes on two cores)
+    python benchmarks/step_cpu.py --quick --out step_cpu.json    (about 8)
 
 Each measurement is a process of its own that trains a stage of the recipe as `puna pretrain` does (its own data, the
 one loop, the thread that prepares batches) and takes the median step after a third of them. The peer is the same
@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-CURES = ("heap", "rounding", "join", "cross_entropy")
+CURES = ("heap", "rounding", "join", "cross_entropy", "attention")
 WORTH = 1.0  # a cure that does not pay is to be taken out again
 
 
@@ -32,7 +32,7 @@ def leave_out(cure: str) -> None:
     import torch.nn.functional as F
 
     from puna.data import batches
-    from puna.model import ops
+    from puna.model import attend, ops
     from puna.train import memory, terms
 
     if cure == "heap":
@@ -45,6 +45,8 @@ def leave_out(cure: str) -> None:
         puna.processor.join = batches.join = torch.cat
     elif cure == "cross_entropy":
         terms.cross_entropy = lambda logits_nV, targets_n: F.cross_entropy(logits_nV, targets_n, reduction="sum")
+    elif cure == "attention":
+        attend.BLOCKS_UP_TO = 0
     elif cure != "none":
         raise SystemExit(f"unknown cure {cure!r}; choose from {', '.join(CURES)}")
 

@@ -33,7 +33,6 @@ import time
 from pathlib import Path
 
 import torch
-from puna.eval.flops import flops_per_token
 
 from puna.convert.hf_config import config_to_hf
 from puna.convert.huggingface import pieces
@@ -175,7 +174,7 @@ def measure_peer(experts: int, micro: int, attention: str, budget: float) -> dic
 
 def measure_agreement() -> dict:
     """Relative differences of loss and gradient norm, ours and the peer's, at the same weights in float32."""
-    config, tokens_BT = peer_config(16), tokens(2, LENGTH)
+    config, tokens_BT = peer_config(16), tokens(1, LENGTH)
     ours, peer = Llama4(config).train(), make_peer(config, "sdpa")
     state = peer.state_dict()
     with torch.no_grad():
@@ -198,17 +197,22 @@ def measure_nano(rows: int, rounds: int) -> dict:
     """Model FLOPs a second of whole steps, and the best 2048^3 product's, taken in turn."""
     ours = Ours(NANO, rows, NANO_LENGTH)
     dtype, flops = ours.model.dtype, flops_per_token(NANO, NANO_LENGTH) * rows * NANO_LENGTH
-    a, b, rates, best = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype), [], 0.0
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
     ours.step(0)
+
+    def rates(work, operations: float) -> list[float]:
+        """Operations a second of the clock on the wall, and of the processors'."""
+        begin = clocks()
+        work()
+        return [operations / (end - start) for start, end in zip(begin, clocks(), strict=True)]
+
+    steps, products = [], []
     for number in range(1, rounds + 1):
-        for _ in range(10):
-            begin = time.perf_counter()
-            torch.mm(a, b)
-            best = max(best, 2 * 2048**3 / (time.perf_counter() - begin))
-        begin = time.perf_counter()
-        ours.step(number)
-        rates.append(flops / (time.perf_counter() - begin))
-    return {"rates": rates, "product": best, "dtype": str(dtype).removeprefix("torch."), "peak": peak()}
+        products += [rates(lambda: torch.mm(a, b), 2 * 2048**3) for _ in range(10)]
+        steps.append(rates(lambda number=number: ours.step(number), flops))
+    best = [max(column) for column in zip(*products, strict=True)]
+    return {"rates": [step[0] for step in steps], "product": best[0], "cpu": [step[1] / best[1] for step in steps],
+            "dtype": str(dtype).removeprefix("torch."), "peak": peak()}  # fmt: skip
 
 
 def measure(what: str, *words: str) -> dict:
@@ -311,7 +315,8 @@ def main() -> None:
                 ours_tokens_per_second=[tokens_in_step / ours["seconds"] for ours, _ in pairs],
                 peer_tokens_per_second=[tokens_in_step / peer["seconds"] for _, peer in pairs],
                 cpu_ratio=statistics.median(peer / ours for ours, peer in take("cpu")),
-                ours_cpu_seconds=[a for a, _ in take("cpu")], peer_cpu_seconds=[b for _, b in take("cpu")]))  # fmt: skip
+                ours_cpu_seconds=[ours for ours, _ in take("cpu")],
+                peer_cpu_seconds=[peer for _, peer in take("cpu")]))  # fmt: skip
         add(row(f"{part}/peak memory", take("peak"), "peer / ours, bytes", 1.0, **about))
     if args.only in (None, "nano"):
         some = NANO_ROWS // 4 if args.quick else NANO_ROWS
@@ -321,8 +326,8 @@ def main() -> None:
         add({"name": f"nano/share of the 2048^3 product in {found['dtype']}", "value": share, "unit": "share",
              "n": len(shares), "stderr": statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else None,
              "chance": None, "goal": NANO_GOAL, "met": share >= NANO_GOAL, "ours": statistics.median(found["rates"]),
-             "peer": found["product"], "ratio": share, "tokens_in_step": some * NANO_LENGTH,
-             "peak_bytes": found["peak"]})  # fmt: skip
+             "peer": found["product"], "ratio": share, "cpu_ratio": statistics.median(found["cpu"]),
+             "tokens_in_step": some * NANO_LENGTH, "peak_bytes": found["peak"]})  # fmt: skip
     print(f"{sum(each['met'] for each in rows)} of {len(rows)} goals met")
 
 

@@ -7,6 +7,7 @@ from puna.model import Llama4, ModelConfig, VisionConfig
 from puna.parallel.apply import build_model, parts_of
 from puna.parallel.layout import Layout
 from puna.parallel.mesh import Mesh
+from puna.precision.fp8_training import attach
 from puna.train.step import train_step
 from puna.train.terms import NextToken
 
@@ -14,15 +15,16 @@ CHUNK, T, ROWS, PATCH, TILE_TOKENS = 16, 64, 4, 3, 4
 KINDS = {
     "scout": dict(n_experts=4, moe_step=1, qk_norm=True),
     "maverick": dict(n_experts=8, moe_step=2, qk_norm=False),
+    "sixteens": dict(n_experts=4, moe_step=2, qk_norm=True, expert_width=32, dense_width=64),  # sizes that FP8 needs
 }
 
 
 def config(kind: str, vision: bool = True) -> ModelConfig:
     return ModelConfig(
-        vocab_size=64, d_model=32, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=8, expert_width=24, dense_width=40,
+        vocab_size=64, d_model=32, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=8,
         chunk=CHUNK, floor_scale=16, attn_scale=0.3, max_context=4 * T, patch_token=PATCH if vision else None,
         vision=VisionConfig(image_size=16, patch_size=4, width=16, layers=2, heads=2, mlp_width=24, adapter_width=20)
-        if vision else None, **KINDS[kind],
+        if vision else None, **(dict(expert_width=24, dense_width=40) | KINDS[kind]),
     )  # fmt: skip
 
 
@@ -63,23 +65,24 @@ class Remember(torch.optim.SGD):
         return super().step(closure)
 
 
-def one_step(model, batches, mesh=None, clip=1e9, slice_size=7):
+def one_step(model, batches, mesh=None, clip=1e9, slice_size=7, fp8="off"):
     optimizer = Remember(model.parameters(), lr=0.1)
+    attach(model, fp8)
     model.train()
     result = train_step(model, optimizer, batches, NextToken(), clip, slice_size, mesh)
     return result, {name: optimizer.seen[id(p)] for name, p in model.named_parameters()}
 
 
-def alone(kind, dtype=torch.float64, accumulate=1, clip=1e9, **options):
+def alone(kind, dtype=torch.float64, accumulate=1, clip=1e9, fp8="off", **options):
     """(result, gradients, weights after it) of a step on one process."""
     c = config(kind, options.get("pictures", True))
     model = Llama4(c).to(dtype)
     model.load_state_dict(awake(c, dtype))
-    result, gradients = one_step(model, batch(**options).split(accumulate), clip=clip)
+    result, gradients = one_step(model, batch(**options).split(accumulate), clip=clip, fp8=fp8)
     return result, gradients, {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def parallel_step(rank, kind, layout, dtype, accumulate, clip, recompute, options):
+def parallel_step(rank, kind, layout, dtype, accumulate, clip, recompute, options, fp8="off"):
     """The same on this process of several: (result, this process's gradients and weights with their parts)."""
     import torch.distributed as dist
 
@@ -89,7 +92,7 @@ def parallel_step(rank, kind, layout, dtype, accumulate, clip, recompute, option
     model = build_model(c, mesh, lambda name, part: part.cut(weights[name]), dtype)
     model.recompute = recompute
     mine = batch(**options).split(mesh.layout.rows)[mesh.rows_index]
-    result, gradients = one_step(model, mine.split(accumulate), mesh, clip)
+    result, gradients = one_step(model, mine.split(accumulate), mesh, clip, fp8=fp8)
     parts = parts_of(model)
     return result, {
         name: (parts[name], gradients[name].to_local(), p.detach().to_local().clone())

@@ -73,3 +73,17 @@ def test_accumulation_clipping_and_recomputing(pool, layout):
 @pytest.mark.parametrize("options", [dict(packed=False), dict(pictures=False)], ids=str)
 def test_one_document_and_no_pictures(pool, layout, options):
     compare(pool, "scout", 2, layout, **options)
+
+
+@pytest.mark.parametrize("layout, accumulate", [({}, 1), (dict(ep=2), 1), (dict(tp=2), 1), (dict(pp=2), 4)], ids=str)
+def test_fp8_products_of_many_processes(pool, layout, accumulate):
+    """Every token and weight is rounded as on one process, so the loss is the same (but for tp, whose rows are shorter);
+    a weight's gradient is summed from rounded parts that are other ones."""
+    expected, gradients, _ = alone("sixteens", torch.float32, accumulate, fp8="rowwise")
+    plain, _, _ = alone("sixteens", torch.float32, accumulate)
+    results = pool.run(parallel_step, 2, "sixteens", layout, torch.float32, accumulate, 1e9, 0, {}, "rowwise")
+    assert abs(expected.loss - plain.loss) > 1e-4
+    for result, held in results:
+        assert result.loss == pytest.approx(expected.loss, rel=2e-3 if "tp" in layout else 1e-5)
+        for name, (part, gradient, _) in held.items():
+            assert (part.cut(gradients[name]) - gradient).norm() <= 0.1 * gradients[name].norm(), name

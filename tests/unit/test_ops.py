@@ -54,3 +54,21 @@ def test_decoding_multiplies_no_row_too_many(monkeypatch):
     x, w = torch.randn(5, 8, dtype=torch.bfloat16), torch.randn(3, 8, 12, dtype=torch.bfloat16)
     ops.expert_mm(x, w, torch.tensor([1, 0, 4]))
     assert seen == [1, 4]
+
+
+def test_master_weights_are_multiplied_in_the_activations_precision():
+    """float32 weights under bfloat16 activations: as if cast first, and the gradient comes back in float32."""
+    generator, counts = torch.Generator().manual_seed(0), [90, 0, 70]
+    x = torch.randn(160, 24, generator=generator).bfloat16()
+    w = torch.randn(3, 24, 40, generator=generator)
+    seed = torch.randn(160, 40, generator=generator).bfloat16()
+    found = []
+    for cast in (False, True):
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        y = ops.expert_mm(a, b.bfloat16() if cast else b, torch.tensor(counts))
+        y.backward(seed)
+        found.append((y.detach(), a.grad, b.grad))
+    assert found[0][2].dtype == torch.float32
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(found[0][0].float(), literal(x.float(), w, counts)), "nothing was rounded"

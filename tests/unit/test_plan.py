@@ -277,6 +277,7 @@ def test_the_command_answers(capsys, words, exit_code, said):
         ("scout --gpus 8xh10", "did you mean 'h100'?"),
         ("scout --gpus eight", "there is no GPU 'eight'"),
         ("scout --gpus 0xh100", "must be like 8xh100"),
+        ("nano_scout --gpus 2xlaptop", "laptop has no network"),
         ("scot --gpus 8xh100", "did you mean 'scout'?"),
         ("scout --gpus 8xh100 --precision int4", "did you mean"),
         ("scout --gpus 8xa100 --precision fp8", "has no fp8 units"),

@@ -285,3 +285,16 @@ def test_the_balancer_sees_the_loads_of_all_micro_batches():
     assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
     last = [layer.counts_E for layer in moe_layers(model)]
     assert any(not torch.equal(a, b) for a, b in zip(cut, last, strict=True)), "the last part alone says something else"
+
+
+@pytest.mark.parametrize("limit", [1e9, 1.0, 1e-3])
+def test_clipping_is_torchs_bit_for_bit(limit):
+    """Also where there is nothing to clip and the gradients are left alone."""
+    found = []
+    for ours in (True, False):
+        model = torch.nn.Linear(5, 3)
+        for number, p in enumerate(model.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
+        norm = clip_gradients(model, limit)[0] if ours else torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        found.append([norm, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

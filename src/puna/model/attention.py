@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.model import ops, rope
+from puna.model.attend import attend
 from puna.model.config import ModelConfig
 
 
@@ -138,7 +138,7 @@ class Attention(nn.Module):
         elif self.nope:
             if layout.keys is not None:
                 k, v = layout.keys(k), layout.keys(v)
-            out_BTHd = attend(q, k, v, layout.global_mask)
+            out_BTHd = attend(q, k, v, layout.global_mask, causal=layout.keys is None)
         else:
             out_BTHd = self._local(q, k, v, layout)
         return ops.linear(out_BTHd.reshape(B, T, -1), self.wo.weight)
@@ -165,46 +165,3 @@ class Attention(nn.Module):
             return out.reshape(B, 1, H, d)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BTS[:, None], enable_gqa=True)
         return out.transpose(1, 2)
-
-
-EXPLICIT_UP_TO = 512  # keys; see `attend`
-
-
-def attend(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
-    """Attention with grouped heads and 1/sqrt(d): masked, or causal, or over everything; [B, T, H, d].
-
-    mask: additive, [B, 1, T, S] for S keys; it says everything, `causal` counts only without one (S == T).
-    torch's fused kernel everywhere, but for bfloat16 over short rows on a CPU: there its backward runs far below the
-    matrix units' speed, and two batched products around a softmax are 2-4 x faster (docs/LOG.md). On a GPU the kernel
-    that takes a mask takes no grouped heads: keys are repeated, or torch would write out all scores instead.
-    """
-    T = q_BTHd.shape[1]
-    if q_BTHd.dtype == torch.bfloat16 and q_BTHd.device.type == "cpu" and T <= EXPLICIT_UP_TO:
-        return _explicit(q_BTHd, k_BTKd, v_BTKd, _causal(T, q_BTHd.dtype) if mask is None and causal else mask)
-    q, k, v = (t.transpose(1, 2) for t in (q_BTHd, k_BTKd, v_BTKd))
-    causal = causal and mask is None
-    if mask is not None and q.is_cuda:
-        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    grouped = k.shape[1] < q.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-    return out.transpose(1, 2)
-
-
-@lru_cache(maxsize=8)
-def _causal(T: int, dtype: torch.dtype) -> Tensor:
-    """Additive causal mask [1, 1, T, T] on the CPU."""
-    return torch.full((T, T), float("-inf"), dtype=dtype).triu_(1)[None, None]
-
-
-def _explicit(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + mask) v; the query heads of a key head share one product."""
-    B, T, H, d = q_BTHd.shape
-    K = k_BTKd.shape[2]
-    q = (q_BTHd * d**-0.5).view(B, T, K, H // K, d).permute(0, 2, 3, 1, 4).reshape(B, K, -1, d)
-    k, v = k_BTKd.transpose(1, 2), v_BTKd.transpose(1, 2)
-    scores = torch.matmul(q, k.transpose(-1, -2))
-    S = k.shape[2]
-    if mask is not None:
-        scores = scores.view(B, K, H // K, T, S) + mask[:, :, None]
-    weights = torch.softmax(scores, dim=-1).view(B, K, -1, S)
-    return torch.matmul(weights, v).view(B, K, H // K, T, d).permute(0, 3, 1, 2, 4).reshape(B, T, H, d)

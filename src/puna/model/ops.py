@@ -12,7 +12,8 @@ linear layer casts its weight to the activations' dtype, and autograd's cast bac
 
 On CUDA this is one grouped matmul. On the CPU a plain `mm` per non-empty expert into preallocated slices is 3-5x
 faster than torch's grouped kernel, and a backward of its own is needed: autograd through `w[e]` would materialise a
-full zero tensor of w's size for each expert (training.md §0).
+full zero tensor of w's size for each expert (training.md §0). Master weights are cast expert by expert, forward and
+again backward: that is as fast as all at once, and no second copy of them waits for the backward.
 
 oneDNN, which does these products in bfloat16, compiles a kernel for every number of rows and keeps the newest 1,024 of
 them; experts' loads are new numbers in every step. So a training step's products take a multiple of ROUND rows: the
@@ -79,33 +80,35 @@ class _ExpertMM(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, w_EDF: Tensor, counts: list[int]) -> Tensor:
-        w = w_EDF.to(x_TD.dtype)
-        y_TF = x_TD.new_empty(x_TD.shape[0], w.shape[2])
+        y_TF = x_TD.new_empty(x_TD.shape[0], w_EDF.shape[2])
         start = 0
         for e, n in enumerate(counts):
             if n:
-                _mm_slice(x_TD, w[e], y_TF, start, n)
+                _mm_slice(x_TD, w_EDF[e].to(x_TD.dtype), y_TF, start, n)
                 start += n
-        ctx.save_for_backward(x_TD, w)
+        ctx.save_for_backward(x_TD, w_EDF)
         ctx.counts = counts
         return y_TF
 
     @staticmethod
     def backward(ctx, dy_TF: Tensor):
-        x_TD, w = ctx.saved_tensors
+        x_TD, w_EDF = ctx.saved_tensors
         dy_TF = dy_TF.contiguous()
         dx_TD = torch.empty_like(x_TD) if ctx.needs_input_grad[0] else None
-        dw_EDF = torch.empty_like(w) if ctx.needs_input_grad[1] else None
+        dw_EDF = torch.empty_like(w_EDF) if ctx.needs_input_grad[1] else None
+        same = w_EDF.dtype == x_TD.dtype
         start = 0
         for e, n in enumerate(ctx.counts):
             s, rows = slice(start, start + n), _rows(x_TD, n)
             if n and dx_TD is not None:
-                _mm_slice(dy_TF, w[e].t(), dx_TD, start, n)
+                _mm_slice(dy_TF, w_EDF[e].to(dy_TF.dtype).t(), dx_TD, start, n)
             if dw_EDF is not None:
-                if n:
+                if not n:
+                    dw_EDF[e].zero_()
+                elif same:
                     torch.mm(_padded(x_TD[s], rows).t(), _padded(dy_TF[s], rows), out=dw_EDF[e])
                 else:
-                    dw_EDF[e].zero_()
+                    dw_EDF[e] = torch.mm(_padded(x_TD[s], rows).t(), _padded(dy_TF[s], rows))
             start += n
         return dx_TD, dw_EDF, None
 

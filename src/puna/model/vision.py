@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.model import ops, rope
-from puna.model.attention import attend
+from puna.model.attend import attend
 from puna.model.config import VisionConfig
 
 

@@ -13,6 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed them
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
@@ -35,14 +39,14 @@ def all_to_all(x: Tensor, taken: list[int], given: list[int], group) -> Tensor:
 def _gather(x: Tensor, dim: int, group) -> Tensor:
     first = x.movedim(dim, 0).contiguous()
     out = first.new_empty(first.shape[0] * dist.get_world_size(group), *first.shape[1:])
-    dist.all_gather_into_tensor(out, first, group=group)
+    all_gather_single(out, first, group=group)
     return out.movedim(0, dim)
 
 
 def _scatter(x: Tensor, dim: int, group) -> Tensor:
     first = x.movedim(dim, 0).contiguous()
     out = first.new_empty(first.shape[0] // dist.get_world_size(group), *first.shape[1:])
-    dist.reduce_scatter_tensor(out, first, group=group)
+    reduce_scatter_single(out, first, group=group)
     return out.movedim(0, dim)
 
 

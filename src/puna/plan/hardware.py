@@ -89,12 +89,10 @@ class Cluster:
             return 0.0
         gpu, inside = self.gpu, max(1, min(group, self.gpu.node // stride))
         if inside == group:
-            seconds = sent / (gpu.link * 1e9) if gpu.link else float("inf")
-        elif not gpu.network:
-            seconds = float("inf")
+            seconds = sent / (gpu.link * 1e9)
         elif exchange:
             away = (group - inside) / (group - 1)
-            seconds = max(sent * away / gpu.network, sent * (1 - away) / (gpu.link or float("inf"))) / 1e9
+            seconds = max(sent * away / gpu.network, sent * (1 - away) / (gpu.link or gpu.network)) / 1e9
         else:
             seconds = sent / (min(inside * gpu.network, gpu.link or gpu.network) * 1e9)
         return seconds / self.assumptions.link_efficiency + calls * self.assumptions.latency_us * 1e-6
@@ -130,4 +128,8 @@ def cluster(text: str, hardware: Hardware) -> Cluster:
     if kind not in hardware.gpus:
         raise PunaError(f"--gpus {text}: there is no GPU {kind!r}; did you mean {nearest(kind, hardware.gpus)!r}? "
                         f"({', '.join(hardware.gpus)}; your own: --hardware FILE)")  # fmt: skip
-    return Cluster(int(found.group(1) or 1), hardware.gpus[kind], hardware.assumptions)
+    count, gpu = int(found.group(1) or 1), hardware.gpus[kind]
+    for needed, name in ((min(count, gpu.node) > 1, "link"), (count > gpu.node, "network")):
+        if needed and not getattr(gpu, name):
+            raise PunaError(f"--gpus {text}: {kind} has no {name} in the table of hardware, so one can't reach another")
+    return Cluster(count, gpu, hardware.assumptions)

@@ -23,7 +23,7 @@ from puna.model import ModelConfig
 from puna.parallel.layout import Layout
 from puna.plan import communication
 from puna.plan.communication import Traffic
-from puna.plan.flops import flops_per_tile, flops_per_token, mean_keys
+from puna.plan.flops import flops_per_tile, flops_per_token, mean_keys, parameter_count
 from puna.plan.hardware import Cluster
 from puna.plan.layout import layouts
 from puna.plan.memory import PRECISIONS, Schedule, alike, fullest, training_memory
@@ -150,8 +150,7 @@ def _timed(config: ModelConfig, cluster: Cluster, work: Work, made: TrainingPlan
 def used(cluster: Cluster) -> list[int]:
     """How many of the GPUs a layout may use: all, or the multiples of 2, 4, 8 ... nodes that leave at most one in ten
     as spares. Numbers such as 32,000 have factors that no dimension of a model has."""
-    whole = cluster.gpu.node * cluster.count // cluster.gpu.node
-    sizes = {cluster.count, *(whole // m * m for m in (cluster.gpu.node * 2**k for k in range(1, 16)))}
+    sizes = {cluster.count, *(cluster.count // m * m for m in (cluster.gpu.node * 2**k for k in range(1, 16)))}
     return sorted((n for n in sizes if n >= 0.9 * cluster.count), reverse=True)
 
 
@@ -201,8 +200,10 @@ def suggest(config: ModelConfig, cluster: Cluster, work: Work, fixed: Layout | N
 
 def smallest(config: ModelConfig, cluster: Cluster, work: Work, limit: int = 65536) -> TrainingPlan | None:
     """The plan of the fewest whole nodes that fits; None: not within `limit` GPUs."""
-    gpu, count = cluster.gpu, cluster.count
-    sizes = [n for n in (gpu.node * k * 2**e for e in range(16) for k in (1, 3)) if count < n <= limit]
+    gpu, kind = cluster.gpu, PRECISIONS[work.precision]
+    state = parameter_count(config).total * (kind.master + kind.gradient + kind.moments)
+    fewest = max(cluster.count + 1, state / gpu.usable)
+    sizes = [n for n in (gpu.node * k * 2**e for e in range(16) for k in (1, 3)) if fewest <= n <= limit]
     for n in sorted(sizes):
         larger = dataclasses.replace(cluster, count=n)
         wide = dataclasses.replace(work, batch=max(work.batch, n))

@@ -78,11 +78,13 @@ def attach(model: nn.Module, recipe: str) -> None:
         return
     if recipe not in RECIPES:
         raise PunaError(f"train.fp8 must be off, {', '.join(RECIPES)}, not {recipe!r}")
-    _check_device(recipe, model.norm.weight.device, model.dtype)
+    _check_device(recipe, next(model.parameters()).device, model.dtype)
     block = 32 if recipe == "mxfp8" else BLOCK
     found: dict[str, list[str]] = {}
     for name in matching(model, TARGETS):
         weight = get(model, name)
+        if weight is None:  # another stage of the pipeline has it
+            continue
         if not isinstance(weight, Tensor):
             raise PunaError(f"train.fp8 {recipe} multiplies whole weights, {name} has an adapter or is integers: leave "
                             "train.fp8 off")  # fmt: skip

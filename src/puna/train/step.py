@@ -157,7 +157,8 @@ def clip_gradients(model: Llama4, clip: float, mesh: Mesh | None = None) -> tupl
         summed = mesh.sum(torch.tensor(list(squares.values()), dtype=torch.float64)) / mesh.layout.dp_replicate
         squares = dict(zip(squares, summed.tolist(), strict=True))
         total = summed.sum().sqrt().to(norms)
-    torch._foreach_mul_(gradients, torch.clamp(clip / (total + 1e-6), max=1.0))
+    if total + 1e-6 > clip:  # else all gradients would be read and written to be multiplied by 1
+        torch._foreach_mul_(gradients, torch.clamp(clip / (total + 1e-6), max=1.0))
     return total, {part: math.sqrt(square) for part, square in sorted(squares.items()) if square or not mesh}
 
 
