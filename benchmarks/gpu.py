@@ -36,6 +36,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -209,6 +210,7 @@ class Machine:
 # ---- what is trained on
 
 
+@cache
 def text_tokens() -> Tensor:
     """The nursery's texts, two bytes a token: real words at ids below 65,536, without a tokenizer. int64 [N]."""
     folder = Path(puna.__file__).parent / "nursery" / "data" / "text"
@@ -421,7 +423,7 @@ def train_fp8(scale: Scale, machine: Machine, result: Result):
         found = Training(scale, machine, recipe).curve(base["n"])
         off = found["loss"] / base["value"] - 1
         result.add(f"train_fp8/loss/{recipe}", off, "of bfloat16's loss", ours=found.pop("loss"), peer=base["value"],
-                    ratio=1 + off, **machine.goal(0.005, abs(off) <= 0.005), **found)  # fmt: skip
+                   ratio=1 + off, **machine.goal(0.005, abs(off) <= 0.005), **found)  # fmt: skip
 
     yield "train_fp8/speed/tensorwise", speeds
     for recipe in ("rowwise", "tensorwise"):

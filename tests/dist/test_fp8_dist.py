@@ -37,8 +37,8 @@ def of_many(rank, layout, fp8):
 
 @pytest.mark.parametrize("layout", [{}, {"ep": 2}], ids=["fsdp", "ep"])
 def test_rowwise_is_the_step_of_one_process(pool, layout):
-    """A row's scale is its own, so nothing depends on who shares a process; weights alone are summed over other rows:
-    the weight gradient's factors have scales of each process's tokens."""
+    """A row's scale is its own, so a token's loss does not depend on who shares its process. Weight gradients do, in
+    their rounding: a column's scale is that of the process's tokens."""
     alone, plain = lively_model(config=SHAPE), lively_model(config=SHAPE)
     before = {name: p.detach().clone() for name, p in alone.named_parameters()}
     expected, other = stepped(alone, random_batch(), "rowwise"), stepped(plain, random_batch(), "off")

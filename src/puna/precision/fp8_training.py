@@ -109,7 +109,8 @@ def detach(model: nn.Module) -> None:
 def _view(name: str, recipe: str):
     def read(module: nn.Module):
         parameter = module._parameters[name]
-        return Float8(parameter, recipe) if module.training else parameter
+        at_rest = hasattr(parameter, "to_local")  # a DTensor, which FSDP itself reads; in motion it is a plain tensor
+        return Float8(parameter, recipe) if module.training and not at_rest else parameter
 
     return read
 
