@@ -1,12 +1,14 @@
 """Packing invariants: every token once and in order, documents on their chunks, little padding, nothing cut in a
 picture."""
 
+import weakref
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puna.data.packing import pack
+from puna.data.packing import KEEP_OPEN, pack
 from puna.errors import PunaError
 from puna.processor import Encoded
 
@@ -142,6 +144,37 @@ def test_deterministic_and_not_sorted():
         sizes = np.bincount(a.doc_ids[r][a.doc_ids[r] >= 0])
         rising, falling = rising + (np.diff(sizes) > 0).sum(), falling + (np.diff(sizes) < 0).sum()
     assert 0.4 < rising / (rising + falling) < 0.6
+
+
+def test_rows_on_disk_are_those_in_memory_and_few_documents_are_held(tmp_path):
+    sizes = [len(doc.tokens) for doc in lognormal(4.0, n=20_000)]
+    alive, most, total = weakref.WeakSet(), 0, sum(sizes)
+
+    class Tokens(np.ndarray):  # its own type, so that the set counts by identity
+        __hash__, __eq__ = object.__hash__, object.__eq__
+
+    def passing():
+        nonlocal most
+        for i, size in enumerate(sizes):
+            doc = document(i % 20_000, size)
+            tokens = doc.tokens.view(Tokens)
+            alive.add(tokens)
+            yield Encoded(tokens, doc.loss, [])
+            if i % 500 == 0:
+                most = max(most, sum(map(len, alive)))
+
+    window, T = 20_000, 512
+    on_disk = pack(passing(), T, 128, PAD, window=window, scratch=tmp_path)
+    assert most < total / 3 and most < window + 2 * KEEP_OPEN * T, f"{most} of {total} tokens were held at once"
+    in_memory = pack([document(i, n) for i, n in enumerate(sizes)], T, 128, PAD, window=window)
+    for name in ("tokens", "doc_ids", "loss"):
+        assert isinstance(getattr(on_disk, name), np.memmap) and not isinstance(getattr(in_memory, name), np.memmap)
+        np.testing.assert_array_equal(getattr(on_disk, name), getattr(in_memory, name))
+    assert list(tmp_path.iterdir()) == [], "the files have no name, so a killed run leaves none"
+    assert len(pack([], T, 128, PAD, scratch=tmp_path)) == 0
+    (tmp_path / "file").touch()
+    with pytest.raises(PunaError, match="can't pack data in .*file"):
+        pack([document(0, 9)], T, 128, PAD, scratch=tmp_path / "file" / "folder")
 
 
 def test_overlong_conversations_can_be_dropped():

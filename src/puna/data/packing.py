@@ -18,7 +18,11 @@ document of its own. Each document alone is the oracle: packed or not, its logit
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,7 +67,7 @@ class PackedRows:
     @property
     def token_count(self) -> int:
         """Tokens that aren't padding."""
-        return int((self.doc_ids >= 0).sum())
+        return sum(int(np.count_nonzero(row >= 0)) for row in self.doc_ids)
 
     @property
     def loss_count(self) -> int:
@@ -165,6 +169,7 @@ def pack(
     filler: Iterable[EncodedLike] = (),
     window: int = WINDOW,
     seed: int = 0,
+    scratch: Path | None = None,
 ) -> PackedRows:
     """Pack documents into rows of T tokens; the same arguments always give the same rows.
 
@@ -172,12 +177,13 @@ def pack(
     of <|image_start|> and <|image_end|>, needed where a document with pictures has to be cut. overlong: whether
     to "cut" a document longer than T or to "drop" it (a conversation: its answer makes no sense without the question).
     filler: more documents, of which only those are used that fit into space otherwise left empty. window: tokens sorted
-    at once.
+    at once. scratch: a folder for the rows' arrays: they are then memory-mapped files without a name, and no more than
+    a window and the open boxes is held in memory; None: the arrays are in memory.
     """
     if T < 1 or chunk < 1 or (chunk < T and T % chunk):
         raise PunaError(f"seq_len {T} must be a multiple of the attention chunk {chunk}, or shorter")
     chunk = min(chunk, T)
-    packer = _Packer(T, chunk, seed)
+    packer, laid = _Packer(T, chunk, seed), _Laid(T, chunk, pad, scratch)
     packer.offer(doc for doc in filler if 0 < len(doc.tokens) <= chunk)
     documents = dropped = waiting = 0
     pool: list[Piece] = []
@@ -193,10 +199,10 @@ def pack(
                 pool.append(piece)
                 waiting += len(piece.tokens)
         if waiting >= window:
-            packer.add(pool)
+            laid.add(packer.add(pool))
             pool, waiting = [], 0
-    packer.add(pool, last=True)
-    return _lay_out(packer.rows, T, chunk, pad, documents + packer.filled, dropped)
+    laid.add(packer.add(pool, last=True))
+    return PackedRows(*laid.arrays(), laid.pictures, documents + packer.filled, dropped)
 
 
 class _Packer:
@@ -205,7 +211,6 @@ class _Packer:
     def __init__(self, T: int, chunk: int, seed: int):  # noqa: N803
         self.chunk, self.per_row, self.seed = chunk, T // chunk, seed
         self.open_strips, self.open_rows = Boxes(), Boxes()
-        self.rows: list[list[Strip]] = []
         self.filler: list[Piece] = []  # longest first
         self.windows = self.filled = 0
 
@@ -229,8 +234,8 @@ class _Packer:
             self.filled += 1
         self.filler = left
 
-    def add(self, pool: list[Piece], last: bool = False) -> None:
-        """Pack one window; `last` closes everything that is still open."""
+    def add(self, pool: list[Piece], last: bool = False) -> list[list[Strip]]:
+        """Packs one window and returns the rows that are full; `last` closes everything that is still open."""
         self.windows += 1
         for piece, rank in zip(
             pool, permutation(derive("pack", self.seed, self.windows), max(len(pool), 1)).tolist(), strict=False
@@ -257,7 +262,7 @@ class _Packer:
             row.append(strip)
             self.open_rows.put(self.per_row - sum(s.chunks for s in row), row)
         rows = self._shuffle(self.open_rows.close(0 if last else KEEP_OPEN, 1), "rows")
-        self.rows += [self._shuffle(row, "row", len(row)) for row in rows]
+        return [self._shuffle(row, "row", len(row)) for row in rows]
 
     def _shuffle(self, items: list, *salt: object) -> list:
         """The items in a seeded order of their own for this window."""
@@ -266,23 +271,56 @@ class _Packer:
         return [items[i] for i in permutation(derive("pack", self.seed, self.windows, *salt), len(items))]
 
 
-def _lay_out(rows: list[list[Strip]], T: int, chunk: int, pad: int, documents: int, dropped: int) -> PackedRows:  # noqa: N803
-    """Write rows of strips into arrays."""
-    tokens_RT = np.full((len(rows), T), pad, dtype=np.int32)
-    doc_ids_RT = np.full((len(rows), T), -1, dtype=np.int32)
-    loss_RT = np.zeros((len(rows), T), dtype=bool)
-    pictures: list[list[Any]] = []
-    for r, row in enumerate(rows):
-        at, document, row_pictures = 0, 0, []
-        for strip in row:
-            begin = at
-            for piece in strip.pieces:
-                end = begin + len(piece.tokens)
-                tokens_RT[r, begin:end] = piece.tokens
-                doc_ids_RT[r, begin:end] = document
-                loss_RT[r, begin:end] = piece.loss
-                row_pictures += piece.pictures
-                begin, document = end, document + 1
-            at += strip.chunks * chunk
-        pictures.append(row_pictures)
-    return PackedRows(tokens_RT, doc_ids_RT, loss_RT, pictures, documents, dropped)
+class _Laid:
+    """Rows of strips, written one behind the other as three arrays: in memory, or in files under `scratch`."""
+
+    def __init__(self, T: int, chunk: int, pad: int, scratch: Path | None):  # noqa: N803
+        self.T, self.chunk, self.pad, self.scratch = T, chunk, pad, scratch
+        self.pictures: list[list[Any]] = []
+        self.files: list[Any] = []
+
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            why = error.strerror or error
+            raise PunaError(f"can't pack data in {self.scratch}: {why}; free space or choose another folder") from error
+
+    def add(self, rows: list[list[Strip]]) -> None:
+        """Writes rows; with the first of them comes the folder."""
+        if rows and not self.files:
+            with self._on_disk():
+                if self.scratch is not None:
+                    self.scratch.mkdir(parents=True, exist_ok=True)
+                on_disk = self.scratch is not None
+                self.files = [TemporaryFile(dir=self.scratch) if on_disk else BytesIO() for _ in range(3)]  # noqa: SIM115
+        for row in rows:
+            tokens_T, ids_T = np.full(self.T, self.pad, np.int32), np.full(self.T, -1, np.int32)
+            loss_T, pictures = np.zeros(self.T, bool), []
+            at = document = 0
+            for strip in row:
+                begin = at
+                for piece in strip.pieces:
+                    end = begin + len(piece.tokens)
+                    tokens_T[begin:end], ids_T[begin:end], loss_T[begin:end] = piece.tokens, document, piece.loss
+                    pictures += piece.pictures
+                    begin, document = end, document + 1
+                at += strip.chunks * self.chunk
+            self.pictures.append(pictures)
+            with self._on_disk():
+                for file, array in zip(self.files, (tokens_T, ids_T, loss_T), strict=True):
+                    file.write(array)
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """tokens, doc_ids int32 [R, T], loss bool [R, T]."""
+        shape = len(self.pictures), self.T
+        for i, dtype in enumerate((np.int32, np.int32, np.bool_)):
+            if not self.files:
+                yield np.empty(shape, dtype)
+            elif self.scratch is None:
+                yield np.frombuffer(self.files[i].getbuffer(), dtype).reshape(shape)
+            else:
+                with self._on_disk():
+                    self.files[i].flush()
+                    yield np.memmap(self.files[i], dtype, "r", shape=shape)

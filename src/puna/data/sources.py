@@ -135,7 +135,7 @@ def build(
             folder = Path(cache_dir) / f"{_safe(name)}-{split}-{config.seq_len}-{key[:16]}"
         rows = shards.load(folder, key) if folder is not None else None
         if rows is None:
-            rows = _build(name, config, processor, chunk, progress, split)
+            rows = _build(name, config, processor, chunk, progress, split, folder and folder.parent)
             if folder is not None:
                 shards.save(folder, rows, key)
                 rows = shards.load(folder, key)  # memory-mapped: a long run keeps the data on disk
@@ -204,9 +204,10 @@ def _texts(name: str, split: str) -> list[str]:
 
 
 def _build(
-    name: str, config: DataConfig, processor: Processor, chunk: int, progress: Progress | None, split: str
-) -> PackedRows:
-    """Encode and pack one source."""
+    name: str, config: DataConfig, processor: Processor, chunk: int, progress: Progress | None, split: str,
+    scratch: Path | None,
+) -> PackedRows:  # fmt: skip
+    """Encode and pack one source, in a folder or in memory."""
     tokenizer = processor.tokenizer
     encoded, total = _encoded(name, config, processor, split)
     encoded, filler = _reported(encoded, name, total, progress), []
@@ -224,6 +225,7 @@ def _build(
         overlong=lambda document: "drop" if document.tokens[-1] == tokenizer.eot else "cut",
         filler=filler,
         seed=config.seed,
+        scratch=scratch,
     )
     if progress is not None:
         progress(name, rows.documents, rows.documents)
