@@ -55,7 +55,7 @@ class Pool:
         self.size = size
         self.workers: list[tuple[Any, Any]] = []
 
-    def run(self, function: Callable, world: int, *arguments, timeout: float = 60.0) -> list:
+    def run(self, function: Callable, world: int, *arguments, timeout: float = 200.0) -> list:
         """function(rank, *arguments) in `world` processes that form the default group; their results by rank.
 
         Errors: Failed with the first traceback; Failed where one is still running after `timeout` seconds.
