@@ -308,6 +308,8 @@ def main() -> None:
         for _ in range(args.rounds):
             ours = once("ours", experts, 2 if args.quick else 4)
             pairs.append((ours, once("peer", experts, micro, attention, budget)))
+            print(f"{part}: a step in seconds and CPU seconds, ours, peer: "
+                  f"{[(round(a['seconds'], 2), round(a['cpu'], 2)) for a in pairs[-1]]}", flush=True)  # fmt: skip
         take = lambda key, pairs=pairs: [(ours[key], peer[key]) for ours, peer in pairs]  # noqa: E731
         about = {"peer_micro_batch": micro, "peer_attention": attention, "compute_dtype": dtype}
         add(row(f"{part}/tokens per second", take("seconds"), "ratio of speeds, wall clock", goal, **about,

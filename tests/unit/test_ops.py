@@ -72,3 +72,47 @@ def test_master_weights_are_multiplied_in_the_activations_precision():
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
     assert not torch.equal(found[0][0].float(), literal(x.float(), w, counts)), "nothing was rounded"
+
+
+def gradients(function, leaves, seed):
+    """Output and gradients of the leaves."""
+    leaves = [t.clone().requires_grad_() for t in leaves]
+    out = function(*leaves)
+    out.backward(seed)
+    return [out.detach(), *(t.grad for t in leaves)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_rms_norm_is_its_formula_differentiated(dtype, scaled):
+    """Values bit for bit, gradients to rounding, those of autograd through the formula; the same without gradients."""
+    generator = torch.Generator().manual_seed(0)
+    x, seed = (torch.randn(3, 5, 24, generator=generator).to(dtype) for _ in range(2))
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = [x] + [torch.randn(24, generator=generator).to(wide)] * scaled
+
+    def literal_norm(x, weight=1.0):
+        y = x.to(wide)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 0.1)
+        return (y * weight).to(dtype)
+
+    ours = gradients(lambda x, weight=None: ops.rms_norm(x, weight, 0.1), leaves, seed)
+    theirs = gradients(literal_norm, leaves, seed)
+    assert torch.equal(ours[0], theirs[0])
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype and float((a - b).double().norm()) <= tolerance * float(b.double().norm())
+    with torch.no_grad():
+        assert torch.equal(ops.rms_norm(x, leaves[1] if scaled else None, 0.1), theirs[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_swiglu_is_its_formula_differentiated(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 24, generator=generator).to(dtype)
+    seed = torch.randn(3, 5, 12, generator=generator).to(dtype)
+    ours = gradients(ops.swiglu, [x], seed)
+    theirs = gradients(lambda x: torch.nn.functional.silu(x[..., :12]) * x[..., 12:], [x], seed)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    with torch.no_grad():
+        assert torch.equal(ops.swiglu(x), theirs[0])
