@@ -61,7 +61,6 @@ def build_model(config: ModelConfig, mesh: Mesh, values: Values | int, dtype: to
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.to_local().copy_(values(name, model.parts[name]))
-    model._get_fsdp_state()._lazy_init()  # before FP8's views of weights, which it must not meet
     return model
 
 
