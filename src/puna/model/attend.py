@@ -33,12 +33,16 @@ def attend(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, mask: Tensor | None =
     if q_BTHd.device.type == "cpu" and q_BTHd.shape[1] <= BLOCKS_UP_TO:
         return _Blocks.apply(q_BTHd, k_BTKd, v_BTKd, mask, causal)
     q, k, v = (t.transpose(1, 2) for t in (q_BTHd, k_BTKd, v_BTKd))
-    causal = causal and mask is None
-    if mask is not None and q.is_cuda:
-        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    grouped = k.shape[1] < q.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-    return out.transpose(1, 2)
+    return fused(q, k, v, mask, causal and mask is None).transpose(1, 2)
+
+
+def fused(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """torch's kernel, [B, H, T, d]; mask: additive or boolean, [B, 1, T, S]."""
+    if mask is not None and q_BHTd.is_cuda:
+        repeat = q_BHTd.shape[1] // k_BKSd.shape[1]
+        k_BKSd, v_BKSd = (t.repeat_interleave(repeat, dim=1) for t in (k_BKSd, v_BKSd))
+    grouped = k_BKSd.shape[1] < q_BHTd.shape[1]
+    return F.scaled_dot_product_attention(q_BHTd, k_BKSd, v_BKSd, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 @lru_cache(maxsize=8)

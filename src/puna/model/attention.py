@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.model import ops, rope
-from puna.model.attend import attend
+from puna.model.attend import attend, fused
 from puna.model.config import ModelConfig
 
 
@@ -158,10 +158,9 @@ class Attention(nn.Module):
         q = q_BTHd.transpose(1, 2)
         B, H, T, d = q.shape
         if mask_BTS is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True).transpose(1, 2)
+            return fused(q, k, v, None, T > 1).transpose(1, 2)
         if T == 1:  # the query heads of one key head become its "time" axis: keys are read once
             q = q.reshape(B, k.shape[1], -1, d)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BTS[:, None])
             return out.reshape(B, 1, H, d)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BTS[:, None], enable_gqa=True)
-        return out.transpose(1, 2)
+        return fused(q, k, v, mask_BTS[:, None], False).transpose(1, 2)
