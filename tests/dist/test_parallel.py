@@ -26,6 +26,17 @@ LAYOUTS = {
     "cp2 tp2 ep4": (4, dict(cp=2, tp=2, ep=4)),
 }
 
+PIPELINES = [  # with micro-batches: weights are gathered, gradients reduced once for all of them
+    (2, {}, 4),
+    (2, dict(pp_chunks=2), 4),
+    (4, dict(pp=4), 4),
+    (4, {}, 2),
+    (4, dict(dp_replicate=2), 2),
+    (4, dict(pp_chunks=2, ep=2), 2),
+    (4, dict(tp=2), 4),
+    (4, dict(cp=2), 4),
+]
+
 
 def compare(pool, kind, world, layout, dtype=torch.float64, accumulate=1, clip=1e9, recompute=0, **options):
     expected, gradients, weights = alone(kind, dtype, accumulate, clip, **options)
@@ -57,6 +68,12 @@ def compare(pool, kind, world, layout, dtype=torch.float64, accumulate=1, clip=1
 def test_a_step_equals_one_process(pool, kind, name):
     world, layout = LAYOUTS[name]
     compare(pool, kind, world, layout)
+
+
+@pytest.mark.parametrize("world, layout, accumulate", PIPELINES, ids=str)
+@pytest.mark.parametrize("kind", ["scout", "maverick"])
+def test_a_pipeline_equals_one_process(pool, kind, world, layout, accumulate):
+    compare(pool, kind, world, dict(pp=2) | layout, accumulate=accumulate)
 
 
 @pytest.mark.parametrize("layout", [{}, dict(cp=2), dict(tp=2, ep=2)], ids=str)
