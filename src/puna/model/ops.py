@@ -36,74 +36,19 @@ def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None) -> Te
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    x32 = _wide(x)
-    r = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    n = x32 * r
-    return (n if weight is None else n * weight.to(n.dtype)).to(x.dtype), r
-
-
-class _RMSNorm(torch.autograd.Function):
-    """With n = x r, r = 1 / sqrt(mean(x^2) + eps) and g = dy * weight: dx = r (g - n mean(g n)), dweight = sum of dy n.
-
-    Keeps x and r; the composed operators keep x, n and both in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        y, r = _rms_norm(x, weight, eps)
-        ctx.save_for_backward(x, weight, r)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor):
-        x, weight, r = ctx.saved_tensors
-        n, g = _wide(x) * r, _wide(dy)
-        dweight = (g * n).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        if weight is not None:
-            g = g * weight.to(g.dtype)
-        mean = (g * n).mean(-1, keepdim=True)
-        return (g - n.mul_(mean)).mul_(r).to(x.dtype), dweight, None
-
-
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, returned in x's dtype."""
-    return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _rms_norm(x, weight, eps)[0]
-
-
-def _swiglu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """Keeps gate and up alone: silu(gate) is computed again in the backward, which costs next to nothing."""
-
-    @staticmethod
-    def forward(ctx, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        return _swiglu(gate_up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor):
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        gradient = torch.empty_like(gate_up)
-        dgate, dup = gradient.chunk(2, dim=-1)
-        torch.mul(dy, F.silu(gate), out=dup)
-        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
-        return gradient
+    x32 = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        x32 = x32 * weight.to(x32.dtype)
+    return x32.to(x.dtype)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, with gate and up the two halves of the last dimension."""
-    return _SwiGLU.apply(gate_up) if torch.is_grad_enabled() else _swiglu(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 ROUND, FEW = 16, 128  # rows; with fewer tokens than FEW (decoding) each product is as small as it can be
