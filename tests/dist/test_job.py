@@ -44,7 +44,7 @@ def alone(tmp_path_factory):
 
 def test_killed_and_resumed_on_other_processes_it_follows_the_run_of_one(alone, tmp_path):
     stage = tmp_path / "runs" / "tiny" / "pretrain"
-    job = start(tmp_path, 4, *STAGE, "--parallel.ep", "2", "--parallel.tp", "2")
+    job = start(tmp_path, 4, *STAGE, "--parallel.ep", "2", "--parallel.cp", "2")
     wait_for(job, stage, 3)
     workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
