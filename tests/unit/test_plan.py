@@ -152,7 +152,7 @@ def test_fsdp_sends_what_its_ranks_lack():
             assert sent["FSDP experts"].sent == (n // ep - 1) * kinds["experts"] * 3 * (2 + 2 + 4)
     piped = communication.step(config, Layout(dp_shard=8, pp=2), Schedule(micros=3), PRECISIONS["mixed"], 512)
     half = shards(config, Layout(dp_shard=8, pp=2), alike(config, 2, 1, 0, 0), True, False)
-    assert piped["FSDP"].sent == 7 * half["matrices"] * 3 * (2 + 4), "kept until the backward"
+    assert piped["FSDP"].sent == 7 * half["matrices"] * (2 + 4), "once for all micro-batches"
 
 
 def test_hsdp_reduces_the_shard_over_its_replicas():

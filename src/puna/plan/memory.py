@@ -1,7 +1,8 @@
 """Where the bytes of a training step are, on the fullest rank.
 
     parameters    master weights, each rank its shard: fp32 in "mixed" and "fp8"
-    gradients     of that shard, in the type they are summed in
+    gradients     of that shard, in the type they are summed in; in a pipeline of the whole stage, in fp32: it sums
+                  its micro-batches' before it reduces them
     optimizer     AdamW's two moments of that shard
     gathered      FSDP's unsharded weights in the type that multiplies: two units (attention, feed-forward, experts), in
                   a pipeline all of them, and one unit's gradient; embedding and head with their gradients, in fp32; on
@@ -282,6 +283,8 @@ def training_memory(config: ModelConfig, layout: Layout, schedule: Schedule, pre
         weights = numbers["blocks"] if layout.pp > 1 else 2 * numbers["unit"]
         parts["gathered"] = b * weights + (b + precision.gradient) * numbers["unit"]
         parts["gathered"] += (precision.master + precision.gradient) * numbers["root"]
+        if layout.pp > 1 and s.micros > 1:
+            parts["gradients"] = max(4, precision.gradient) * numbers["blocks"]
     elif b != precision.master:
         copied = [x.count * (x.size.split + x.size.expert * c.n_experts) for x in layers if not x.again]
         parts["gathered"] = b * (sum(copied) or numbers["unit"])
