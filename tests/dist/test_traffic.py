@@ -21,6 +21,7 @@ SENT = {
     "cp2": {"FSDP", "FSDP experts", "FSDP rest", "context"},
     "pp2 fsdp2": {"FSDP", "FSDP experts", "FSDP rest", "pipeline"},
     "pp2 ep2, two runs each": {"FSDP", "FSDP rest", "experts", "pipeline"},
+    "pictures, pp2 fsdp2": {"FSDP", "FSDP experts", "FSDP rest", "pipeline"},
 }
 
 

@@ -145,7 +145,9 @@ def test_fsdp_sends_what_its_ranks_lack():
                 kinds["matrices" if matrix else "root" if root else "rest"] += -(-shape[0] // n) * rest
         mine = Layout(dp_shard=n, ep=ep)
         assert shards(config, mine, alike(config, 1, 1, 0, 0)) == kinds
-        sent = communication.step(config, mine, Schedule(micros=3), PRECISIONS["mixed"], 512)
+        text = communication.step(config, mine, Schedule(micros=3), PRECISIONS["mixed"], 512)
+        sent = communication.step(config, mine, Schedule(micros=3, tiles=1.0), PRECISIONS["mixed"], 512)
+        assert text["FSDP rest"].sent < 0.9 * sent["FSDP rest"].sent, "no pictures, no tower"
         assert sent["FSDP"].sent == (n - 1) * kinds["matrices"] * 3 * (2 + 2 + 4)
         assert sent["FSDP rest"].sent == (n - 1) * 3 * (kinds["rest"] * 12 + kinds["root"] * 8)
         if n > ep:
@@ -157,7 +159,8 @@ def test_fsdp_sends_what_its_ranks_lack():
 
 def test_hsdp_reduces_the_shard_over_its_replicas():
     config = preset("nano_scout")
-    sent = communication.step(config, Layout(dp_replicate=4, dp_shard=2), Schedule(micros=5), PRECISIONS["mixed"], 512)
+    how = Schedule(micros=5, tiles=1.0)
+    sent = communication.step(config, Layout(dp_replicate=4, dp_shard=2), how, PRECISIONS["mixed"], 512)
     held = sum(shards(config, Layout(dp_shard=2), alike(config, 1, 1, 0, 0)).values())
     assert sent["HSDP"].sent == 2 * 3 / 4 * held * 4 * 5
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 from puna.model import ModelConfig
 from puna.parallel.layout import Layout
-from puna.plan.memory import Precision, Schedule, alike, shards, stage_layers
+from puna.plan.memory import Precision, Schedule, alike, shards, stage_layers, tower_shard
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,9 @@ def step(config: ModelConfig, layout: Layout, schedule: Schedule, precision: Pre
     moe, nope = ({f: sum(x.count for x in groups if 1 + x.again == f and kind(x.layer)) for f in every}
                  for kind in (c.is_moe, c.is_nope))  # fmt: skip
     own = shards(c, layout, groups, stage == 0, stage == layout.pp - 1)
+    tower = c.vision.layers + 1 if c.vision and s.tiles and stage == 0 else 0  # units; without pictures it rests
+    if not tower:
+        own["rest"] -= tower_shard(c, layout.copy, stage == 0)
     weights = fsdp(own, layout, m, precision)
     times = reductions(layout, m)
     calls = times * (3 if layout.pp == 1 else 2)  # of each unit
@@ -124,8 +127,9 @@ def step(config: ModelConfig, layout: Layout, schedule: Schedule, precision: Pre
     found = {
         "FSDP": Traffic(weights["matrices"], 2 * len(layers) * calls, layout.dp_shard * layout.cp, layout.tp),
         "FSDP experts": Traffic(weights["experts"], sum(moe.values()) * calls, layout.copy // layout.ep, layout.ep),
-        "FSDP rest": Traffic(weights["rest"] + weights["root"], len(layers) * calls + 2 * times, layout.copy, 1),
-        "HSDP": Traffic(hsdp(own, layout, m, precision), (3 * len(layers) + sum(moe.values()) + 1) * times,
+        "FSDP rest": Traffic(weights["rest"] + weights["root"], (len(layers) + tower) * calls + 2 * times,
+                             layout.copy, 1),
+        "HSDP": Traffic(hsdp(own, layout, m, precision), (3 * len(layers) + sum(moe.values()) + tower + 1) * times,
                         layout.dp_replicate, layout.copy),
         "experts": Traffic(m * experts_sent, m * sum(n * (2 + 3 * f) for f, n in moe.items()), layout.ep, 1,
                            exchange=True),
