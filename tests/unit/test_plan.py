@@ -145,19 +145,22 @@ def test_fsdp_sends_what_its_ranks_lack():
                 kinds["matrices" if matrix else "root" if root else "rest"] += -(-shape[0] // n) * rest
         mine = Layout(dp_shard=n, ep=ep)
         assert shards(config, mine, alike(config, 1, 1, 0, 0)) == kinds
-        sent = communication.step(config, mine, Schedule(micros=3), PRECISIONS["mixed"], 512)
+        text = communication.step(config, mine, Schedule(micros=3), PRECISIONS["mixed"], 512)
+        sent = communication.step(config, mine, Schedule(micros=3, tiles=1.0), PRECISIONS["mixed"], 512)
+        assert text["FSDP rest"].sent < 0.9 * sent["FSDP rest"].sent, "no pictures, no tower"
         assert sent["FSDP"].sent == (n - 1) * kinds["matrices"] * 3 * (2 + 2 + 4)
         assert sent["FSDP rest"].sent == (n - 1) * 3 * (kinds["rest"] * 12 + kinds["root"] * 8)
         if n > ep:
             assert sent["FSDP experts"].sent == (n // ep - 1) * kinds["experts"] * 3 * (2 + 2 + 4)
     piped = communication.step(config, Layout(dp_shard=8, pp=2), Schedule(micros=3), PRECISIONS["mixed"], 512)
     half = shards(config, Layout(dp_shard=8, pp=2), alike(config, 2, 1, 0, 0), True, False)
-    assert piped["FSDP"].sent == 7 * half["matrices"] * 3 * (2 + 4), "kept until the backward"
+    assert piped["FSDP"].sent == 7 * half["matrices"] * (2 + 4), "once for all micro-batches"
 
 
 def test_hsdp_reduces_the_shard_over_its_replicas():
     config = preset("nano_scout")
-    sent = communication.step(config, Layout(dp_replicate=4, dp_shard=2), Schedule(micros=5), PRECISIONS["mixed"], 512)
+    how = Schedule(micros=5, tiles=1.0)
+    sent = communication.step(config, Layout(dp_replicate=4, dp_shard=2), how, PRECISIONS["mixed"], 512)
     held = sum(shards(config, Layout(dp_shard=2), alike(config, 1, 1, 0, 0)).values())
     assert sent["HSDP"].sent == 2 * 3 / 4 * held * 4 * 5
 

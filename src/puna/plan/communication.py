@@ -2,24 +2,24 @@
 
 Rings: to gather or to scatter-and-reduce S bytes over n ranks each sends (n - 1) / n S; to all-reduce, twice that; in
 an all-to-all it sends what isn't for itself. Forward and backward of one micro-batch of t tokens on a rank, b bytes a
-number:
+number; FSDP and HSDP in a pipeline once a step, for all its micro-batches (parallel/pipeline.py):
 
-    FSDP        gather b of every matrix twice, or once in a pipeline, which keeps it until the backward, and
-                reduce-scatter its gradient: attention and dense or shared FFN over dp_shard x cp, experts over copy /
-                ep; in fp32 over the whole copy norms, routers, the vision tower, and what is gathered once: embedding,
-                head and last norm
+    FSDP        gather b of every matrix twice, in a pipeline once, and reduce-scatter its gradient in fp32: attention
+                and dense or shared FFN over dp_shard x cp, experts over copy / ep; as stored, over the whole copy,
+                norms, routers, the vision tower, and what is gathered once: embedding, head and last norm
     HSDP        all-reduce of the rank's shard of the gradients over dp_replicate
     experts     a MoE layer: 2 b D (rows sent + rows received): tokens out, results back, the gradients of both; 8 bytes
                 of counts an expert of other ranks. Balanced routing sends (ep - 1) / ep of a rank's t / tp tokens;
                 `leaving` counts it from measured routes
-    tensor      a layer: 8 (tp - 1) / tp b D t: gathered in front of attention and FFN, scattered behind them, and the
-                gradients the other way round
+    tensor      a layer: 8 (tp - 1) / tp b D t, recomputed 11: gathered in front of attention and FFN, scattered behind
+                them, and the gradients the other way round
     context     a global layer: keys and values to the other ranks, 2 K / tp d b (cp - 1) t forward, as much of their
                 gradients back; a local layer: nothing, chunks are whole
-    pipeline    b D t / tp for each border between stages, forward and back
+    pipeline    b D t / tp forward behind each run of blocks but the last, and back before each but the first
 
-copy = dp_shard x cp x tp. A recomputed layer repeats its forward part. Shards are padded to equal size, as FSDP2 pads
-them. Left out: sums of a few numbers (loss, norm, routes), features of pictures.
+copy = dp_shard x cp x tp. A recomputed layer repeats its forward part, but for tp's last scattering, whose result
+nobody needs again. Shards are padded to equal size, as FSDP2 pads them. Left out: sums of a few numbers (loss, norm,
+routes), features of pictures. All this equals what benchmarks/scaling.py counts, to the byte.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 from puna.model import ModelConfig
 from puna.parallel.layout import Layout
-from puna.plan.memory import Precision, Schedule, alike, shards, stage_layers
+from puna.plan.memory import Precision, Schedule, alike, shards, stage_layers, tower_shard
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,28 @@ class Traffic:
 
 def fsdp(held: dict[str, int], layout: Layout, micros: int, precision: Precision) -> dict[str, float]:
     """Bytes a rank sends to gather weights and to reduce gradients, by kind of unit; `held`: what `shards` returns."""
-    gathers = micros * (2 if layout.pp == 1 else 1)
+    times = reductions(layout, micros)
+    gathers = times * (2 if layout.pp == 1 else 1)
     dense, spread = layout.dp_shard * layout.cp, layout.copy // layout.ep
-    matrix = gathers * precision.compute + micros * precision.gradient
+    matrix = gathers * precision.compute + times * max(4, precision.gradient)
     return {
         "matrices": (dense - 1) * held["matrices"] * matrix,
         "experts": (spread - 1) * held["experts"] * matrix,
-        "rest": (layout.copy - 1) * held["rest"] * (gathers * precision.master + micros * precision.gradient),
-        "root": (layout.copy - 1) * held["root"] * micros * (precision.master + precision.gradient),
+        "rest": (layout.copy - 1) * held["rest"] * (gathers * precision.master + times * precision.gradient),
+        "root": (layout.copy - 1) * held["root"] * times * (precision.master + precision.gradient),
     }
 
 
-def hsdp(numbers: float, layout: Layout, micros: int, gradient: int) -> float:
+def reductions(layout: Layout, micros: int) -> int:
+    """How often a step reduces gradients: after every micro-batch, in a pipeline once."""
+    return micros if layout.pp == 1 else 1
+
+
+def hsdp(held: dict[str, int], layout: Layout, micros: int, precision: Precision) -> float:
     """Bytes a rank sends to all-reduce the gradients of its shard."""
-    return 2 * (layout.dp_replicate - 1) / layout.dp_replicate * numbers * gradient * micros
+    matrices = held["matrices"] + held["experts"]
+    size = matrices * max(4, precision.gradient) + (held["rest"] + held["root"]) * precision.gradient
+    return 2 * (layout.dp_replicate - 1) / layout.dp_replicate * size * reductions(layout, micros)
 
 
 def expert_rows(config: ModelConfig, sent: float, received: float, b: int, forwards: int = 1) -> float:
@@ -81,7 +89,7 @@ def leaving(counts_RE: Sequence[Sequence[int]], ep: int) -> list[tuple[int, int]
 
 def tensor(config: ModelConfig, layout: Layout, tokens: float, b: int, layers: int, forwards: int = 1) -> float:
     """Bytes a rank sends for `layers` layers."""
-    return (layout.tp - 1) / layout.tp * b * config.d_model * tokens * 4 * (forwards + 1) * layers
+    return (layout.tp - 1) / layout.tp * b * config.d_model * tokens * (5 + 3 * forwards) * layers
 
 
 def context(config: ModelConfig, layout: Layout, tokens: float, b: int, global_layers: int, forwards: int = 1) -> float:
@@ -90,9 +98,9 @@ def context(config: ModelConfig, layout: Layout, tokens: float, b: int, global_l
     return (forwards + 1) * each * global_layers
 
 
-def pipeline(config: ModelConfig, layout: Layout, tokens: float, b: int) -> float:
-    """Bytes a rank in the middle sends."""
-    return 2 * layout.pp_chunks * b * config.d_model * tokens / layout.tp if layout.pp > 1 else 0.0
+def borders(layout: Layout, stage: int) -> int:
+    """Messages that a rank of a stage sends for a micro-batch: activations on, gradients back."""
+    return 2 * layout.pp_chunks - (stage == 0) - (stage == layout.pp - 1)
 
 
 def step(config: ModelConfig, layout: Layout, schedule: Schedule, precision: Precision, seq_len: int,
@@ -106,24 +114,28 @@ def step(config: ModelConfig, layout: Layout, schedule: Schedule, precision: Pre
     moe, nope = ({f: sum(x.count for x in groups if 1 + x.again == f and kind(x.layer)) for f in every}
                  for kind in (c.is_moe, c.is_nope))  # fmt: skip
     own = shards(c, layout, groups, stage == 0, stage == layout.pp - 1)
+    tower = c.vision.layers + 1 if c.vision and s.tiles and stage == 0 else 0  # units; without pictures it rests
+    if not tower:
+        own["rest"] -= tower_shard(c, layout.copy, stage == 0)
     weights = fsdp(own, layout, m, precision)
-    calls = len(layers) * m * (3 if layout.pp == 1 else 2)  # of each kind of unit
+    times = reductions(layout, m)
+    calls = times * (3 if layout.pp == 1 else 2)  # of each unit
     rows = tokens / layout.tp * (layout.ep - 1) / layout.ep * s.imbalance
     experts_sent = sum(n * (expert_rows(c, rows, rows, b, f) + f * expert_counts(c, layout)) for f, n in moe.items())
     tensor_sent = sum(tensor(c, layout, tokens, b, n, f) for f, n in every.items())
     context_sent = sum(context(c, layout, tokens, b, n, f) for f, n in nope.items())
     found = {
-        "FSDP": Traffic(weights["matrices"], 2 * calls, layout.dp_shard * layout.cp, layout.tp),
-        "FSDP experts": Traffic(weights["experts"], sum(moe.values()) * calls // len(layers),
-                                layout.copy // layout.ep, layout.ep),
-        "FSDP rest": Traffic(weights["rest"] + weights["root"], calls + 2 * m, layout.copy, 1),
-        "HSDP": Traffic(hsdp(sum(own.values()), layout, m, precision.gradient), 4 * len(layers) * m,
+        "FSDP": Traffic(weights["matrices"], 2 * len(layers) * calls, layout.dp_shard * layout.cp, layout.tp),
+        "FSDP experts": Traffic(weights["experts"], sum(moe.values()) * calls, layout.copy // layout.ep, layout.ep),
+        "FSDP rest": Traffic(weights["rest"] + weights["root"], (len(layers) + tower) * calls + 2 * times,
+                             layout.copy, 1),
+        "HSDP": Traffic(hsdp(own, layout, m, precision), (3 * len(layers) + sum(moe.values()) + tower + 1) * times,
                         layout.dp_replicate, layout.copy),
         "experts": Traffic(m * experts_sent, m * sum(n * (2 + 3 * f) for f, n in moe.items()), layout.ep, 1,
                            exchange=True),
-        "tensor": Traffic(m * tensor_sent, m * sum(4 * n * (1 + f) for f, n in every.items()), layout.tp, 1),
+        "tensor": Traffic(m * tensor_sent, m * sum(n * (5 + 3 * f) for f, n in every.items()), layout.tp, 1),
         "context": Traffic(m * context_sent, m * sum(2 * n * (1 + f) for f, n in nope.items()), layout.cp, layout.tp),
-        "pipeline": Traffic(m * pipeline(c, layout, tokens, b), 2 * m * layout.pp_chunks, layout.pp,
-                            layout.world // layout.pp),
+        "pipeline": Traffic(m * borders(layout, stage) * b * c.d_model * tokens / layout.tp, m * borders(layout, stage),
+                            layout.pp, layout.world // layout.pp),
     }  # fmt: skip
     return {name: traffic for name, traffic in found.items() if traffic.group > 1 and traffic.sent}

@@ -1,7 +1,8 @@
 """Where the bytes of a training step are, on the fullest rank.
 
     parameters    master weights, each rank its shard: fp32 in "mixed" and "fp8"
-    gradients     of that shard, in the type they are summed in
+    gradients     of that shard, in the type they are summed in; in a pipeline of the whole stage, in fp32: it sums
+                  its micro-batches' before it reduces them
     optimizer     AdamW's two moments of that shard
     gathered      FSDP's unsharded weights in the type that multiplies: two units (attention, feed-forward, experts), in
                   a pipeline all of them, and one unit's gradient; embedding and head with their gradients, in fp32; on
@@ -228,6 +229,11 @@ def _root_shards(config: ModelConfig, copy: int, first: bool, last: bool) -> tup
     return tower, root
 
 
+def tower_shard(config: ModelConfig, copy: int, first: bool) -> int:
+    """Numbers of the vision tower that a rank of the first stage holds; `shards` counts them among "rest"."""
+    return _root_shards(config, copy, first, False)[0]
+
+
 def shards(config: ModelConfig, layout: Layout, layers: tuple[Like, ...], first: bool = True,
            last: bool = True) -> dict[str, int]:  # fmt: skip
     """Numbers that a rank holds, padded to equal shards, by FSDP's kinds of units (parallel/apply.py)."""
@@ -243,14 +249,14 @@ def shards(config: ModelConfig, layout: Layout, layers: tuple[Like, ...], first:
 def gathered(config: ModelConfig, layout: Layout, layers: tuple[Like, ...], first: bool,
              last: bool) -> dict[str, float]:  # fmt: skip
     """Numbers of a stage's weights that a rank gathers: of all "blocks", of the largest "unit" of them, of embedding
-    and head, the "root"."""
+    and head, the "root", of the vision "tower"."""
     blocks = unit = 0.0
     for like in layers:
         size, experts = like.size, like.size.expert * config.n_experts / layout.ep
         blocks += like.count * (size.split / layout.tp + size.whole + experts)
         unit = max(unit, size.attention / layout.tp, (size.split - size.attention) / layout.tp, experts)
-    embedding, head, _ = ends(config)
-    return {"blocks": blocks, "unit": unit, "root": embedding * first + head * last}
+    embedding, head, tower = ends(config)
+    return {"blocks": blocks, "unit": unit, "root": embedding * first + head * last, "tower": tower * first}
 
 
 def training_memory(config: ModelConfig, layout: Layout, schedule: Schedule, precision: Precision, seq_len: int,
@@ -282,6 +288,10 @@ def training_memory(config: ModelConfig, layout: Layout, schedule: Schedule, pre
         weights = numbers["blocks"] if layout.pp > 1 else 2 * numbers["unit"]
         parts["gathered"] = b * weights + (b + precision.gradient) * numbers["unit"]
         parts["gathered"] += (precision.master + precision.gradient) * numbers["root"]
+        if layout.pp > 1 and s.tiles:
+            parts["gathered"] += (precision.master + precision.gradient) * numbers["tower"]
+        if layout.pp > 1 and s.micros > 1:
+            parts["gradients"] = max(4, precision.gradient) * numbers["blocks"]
     elif b != precision.master:
         copied = [x.count * (x.size.split + x.size.expert * c.n_experts) for x in layers if not x.again]
         parts["gathered"] = b * (sum(copied) or numbers["unit"])
