@@ -158,15 +158,16 @@ def test_a_stage_starts_from_a_checkpoint_part_by_part(pool, one, layout):
     assert pool.run(starts_from, 4, layout, one / "maverick" / "step-00000000") == [([], [])] * 4
 
 
-def test_a_damaged_start_is_known_to_all(pool, one, tmp_path):
-    """One process verifies the tensor; of a stage all then take the checkpoint before."""
+@pytest.mark.parametrize("layout", [{}, dict(pp=2)], ids=str)
+def test_a_damaged_start_is_known_to_all(pool, one, tmp_path, layout):
+    """One process verifies the tensor, before any waits for it; of a stage all then take the checkpoint before."""
     for step in ("step-00000000", "step-00000001"):
         shutil.copytree(one / "maverick" / "step-00000000", tmp_path / step)
     path, name = tmp_path / "step-00000001" / FILES[0], "layers.3.moe.experts.w2"
     flip_byte(path, tensor_place(path, name) + 2, 1)
-    for said, _ in pool.run(starts_from, 4, {}, tmp_path / "step-00000001"):
+    for said, _ in pool.run(starts_from, 4, layout, tmp_path / "step-00000001", timeout=20.0):
         assert f"tensor {name} does not match its hash" in said
-    for wrong, warned in pool.run(starts_from, 4, {}, tmp_path):
+    for wrong, warned in pool.run(starts_from, 4, layout, tmp_path):
         assert wrong == [] and f"tensor {name}" in warned[0] and "trying the checkpoint before" in warned[0]
 
 

@@ -11,6 +11,8 @@ import time
 import pytest
 from lifecycle_helpers import TINY, checkpoints, losses, puna
 
+from puna.cli.main import main
+
 STAGE = ("--train.steps", "12", "--train.rows", "12", "--train.accumulate", "2", "--train.checkpoint_every", "3")
 
 
@@ -76,3 +78,13 @@ def test_what_does_not_fit_is_told(tmp_path, words, message):
     job = start(tmp_path, 2, *words)
     said = job.communicate(timeout=120)[0]
     assert job.returncode != 0 and re.search("puna: error: .*" + re.escape(message), said), said
+
+
+@pytest.mark.parametrize("setting", ["tp", "ep", "pp_chunks", "dp_shard"])
+def test_one_process_says_how_several_are_started(tmp_path, monkeypatch, capsys, setting):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    (tmp_path / "tiny.py").write_text(TINY, encoding="utf-8")
+    assert main(["pretrain", "tiny.py", f"--parallel.{setting}", "2"]) == 1
+    assert "there is one process: start several with torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from training_helpers import CONFIG, TRAIN, changed, job, random_batch, values
 
 from puna.convert.puna import tensor_hash
+from puna.data import Batch
 from puna.errors import PunaError
 from puna.model.moe import moe_layers
 from puna.optim import wsd
@@ -279,3 +280,12 @@ def test_computing_in_bfloat16_keeps_fp32_master_weights(tmp_path):
     assert all(p.dtype is torch.float32 for m in models for p in m.parameters())
     losses = [[line["loss"] for line in lines(tmp_path / name)] for name in ("bfloat16", "float32")]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_a_batch_goes_where_the_model_is(tmp_path, monkeypatch):
+    """Sources make batches on the CPU; a model of a process with a GPU is there."""
+    sent, to = [], Batch.to
+    monkeypatch.setattr(Batch, "to", lambda batch, device: sent.append(device) or to(batch, device))
+    made = job(tmp_path, steps=2)
+    train(made)
+    assert sent == 2 * [made.model.tok_embeddings.weight.device]

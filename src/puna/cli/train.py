@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from puna.cli import show
@@ -46,11 +48,13 @@ def stage(args) -> None:
         from puna.parallel.mesh import processes
 
         with processes(run.parallel) as mesh:
+            if not mesh.is_main:
+                warnings.simplefilter("ignore")  # what all see, the main one says
             _train(args, name, run, init, folder, mesh)
             main = mesh.is_main
     else:
-        if run.parallel.resolve(1) != Layout(dp_shard=1):
-            raise PunaError("parallel: there is one process: start several with torchrun, or leave it out")
+        if replace(run.parallel, dp_shard=run.parallel.dp_shard or 1) != Layout(dp_shard=1):
+            raise PunaError("parallel: there is one process: start several with torchrun, or leave --parallel out")
         _train(args, name, run, init, folder, None)
         main = True
     if main:

@@ -48,6 +48,8 @@ class Mesh:
         at = dict(zip(self.grid.mesh_dim_names, self.grid.get_coordinate(), strict=True))
         self.at = at | {"ep": dist.get_rank(self.ep), "row": dist.get_rank(self.row)}
         self.rows_index = at["dp_replicate"] * n.dp_shard + at["dp_shard"]
+        # where all wait for what one does alone, however long that takes; a dead process is noticed all the same
+        self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
     def union(self, values: list) -> list:
         """What any stage of a pipeline has, sorted; the values as they are where all processes have all blocks."""
@@ -75,10 +77,14 @@ class Mesh:
     def main_first(self) -> Iterator[None]:
         """The block on the main process, then on the others: one makes files, all read them."""
         if not self.is_main:
-            dist.barrier()
+            self.wait()
         yield
         if self.is_main:
-            dist.barrier()
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when all processes have come here: for what may take longer than a collective's timeout."""
+        dist.barrier(self.patient)
 
     @property
     def is_main(self) -> bool:
@@ -109,17 +115,17 @@ def processes(layout: Layout, timeout: float = 600.0) -> Iterator[Mesh]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
-    mesh = Mesh(layout, device, timeout)
     try:
-        yield mesh
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+        yield Mesh(layout, device, timeout)
     except RuntimeError as error:
         if not LOST.search(str(error)):
             raise
-        first = str(error).strip().splitlines()[0][:200]
+        first = re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()[0].partition(". ")[0][:200]
         raise PunaError(
-            f"process {mesh.rank} lost another process ({first}): see what that one said; the same command goes on "
-            "from the last checkpoint"
+            f"process {os.environ['RANK']} lost another process ({first}): see what that one said; the same command "
+            "goes on from the last checkpoint"
         ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

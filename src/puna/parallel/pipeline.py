@@ -27,6 +27,7 @@ many; the price is 4 bytes of memory a number (arXiv 2104.04473 does the same).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -115,14 +116,16 @@ class Pipeline:
         gradient of the hidden states, and is called on the last stage. watch() surrounds each forward."""
         at, pp, dtype = self.mesh.at["pp"], self.layout.pp, model.dtype
         waiting: dict[tuple[int, int], tuple[Tensor | None, Tensor, Tensor | None]] = {}
-        sending: list[tuple[Any, Tensor]] = []
+        sending: dict[bool, deque[tuple[Any, Tensor]]] = {True: deque(), False: deque()}
         rows, T = batches[0].tokens_BT.shape
         shape = (rows, len(model.share.own(T)), model.config.d_model)
 
         def send(x: Tensor, edge: int, forward: bool) -> None:
             to = self.column[(edge + 1) % pp if forward else edge]
             x = x.detach().contiguous()
-            sending.append((dist.isend(x, to, group=self.links[edge, forward]), x))
+            sending[forward].append((dist.isend(x, to, group=self.links[edge, forward]), x))
+            if len(sending[forward]) > pp * (self.layout.pp_chunks + 1):  # so many later, `schedule` has had it taken
+                sending[forward].popleft()[0].wait()  # gloo's handles say nothing before that, and keep the memory
 
         def receive(edge: int, forward: bool) -> Tensor:
             x = torch.empty(shape, dtype=dtype, device=self.mesh.device)
@@ -155,8 +158,7 @@ class Pipeline:
                 out.backward(grad if last else receive(at, False))
                 if not first:
                     send(x.grad, before, False)
-            sending = [(handle, x) for handle, x in sending if not handle.is_completed()]
-        for handle, _ in sending:
+        for handle, _ in (*sending[True], *sending[False]):
             handle.wait()
 
 

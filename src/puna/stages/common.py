@@ -63,13 +63,12 @@ def start_model(run: StageRun, processor: Processor, init: str | Path | None, st
 def _start_parts(run: StageRun, processor: Processor, init: str | Path | None, mesh: Mesh) -> Llama4:
     from puna.parallel.apply import build_model
 
-    if run.lora.rank:
-        raise PunaError("lora.rank: adapters are trained by one process: leave torchrun out")
     compute = compute_dtype(run.train.compute_dtype, mesh.device)
 
     def from_store(store: Store, _) -> Llama4:
-        with checkpoint.agreed(mesh):
+        with checkpoint.agreed(mesh):  # before anything in which processes wait for one another
             _verify_share(store, mesh)
+        with checkpoint.agreed(mesh):
             return build_model(store.config, mesh, lambda name, part: stored_part(store, name, part), compute=compute)
 
     if init is not None:
@@ -119,6 +118,8 @@ def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Pat
     if mesh is not None:
         if only or term:
             raise PunaError(f"the stage `{run.stage}` is trained by one process: leave torchrun out")
+        if run.lora.rank:
+            raise PunaError("lora.rank: adapters are trained by one process: leave torchrun out")
         mesh.layout.check(config, run.data.seq_len, run.train.rows, run.train.accumulate)
 
     def progress(name: str, done: int, total: int | None) -> None:

@@ -31,6 +31,7 @@ def _serve(rank: int, pipe, path: list[str]) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    pipe.send("ready")
     while True:
         try:
             function, world, store, arguments, timeout = pipe.recv()
@@ -70,6 +71,8 @@ class Pool:
                 process.start()
                 there.close()
                 self.workers.append((process, here))
+            for _, pipe in self.workers:  # importing torch on a busy machine is no part of a run's time
+                pipe.recv()
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
             some = self.workers[:world]

@@ -12,7 +12,8 @@ the tokens that went to expert e, E experts, and `train.balance` as the strength
 
 **Auxiliary.** f is the *last* step's, over all its tokens and ranks (the first has none): P is then all that a step
 has to sum, and neither micro-batches nor ranks change the gradient, which a product of each micro-batch's own f and P
-would not survive. A micro-batch without a valid token has no backward pass, and so no part in it.
+would not survive. A micro-batch without a valid token has no backward pass on one process, and so no part
+in it; of several, all have one.
 
 **Expert choice** is how Llama 4 was probably trained (llama4-facts.md §2.2). Whether a token is taken depends on all
 tokens of the micro-batch, later ones included: training looks into the future, and a model that only ever decodes token

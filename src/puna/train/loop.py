@@ -168,14 +168,14 @@ def _saver(job: Job) -> checkpoint.Saver:
 
 def _steps(job: Job, optimizer, balancer, saver, done: int, metrics, display, received: list[int]) -> None:
     config, model, mesh = job.train, job.model, job.mesh
-    skips, start = 0, time.perf_counter()
+    skips, start, device = 0, time.perf_counter(), next(model.parameters()).device
     for step in range(done, config.steps):
         begin = time.perf_counter()
         model.train()
         multiplier = wsd(step, config.steps, config.warmup, config.decay, config.floor)
         head = wsd(step, config.steps, config.warmup_head or config.warmup, config.decay, config.floor)
         set_lr(optimizer, multiplier, head)
-        batch = job.source(step)
+        batch = job.source(step).to(device)
         balancer.apply(anneal(step, config.steps), batch.tokens_BT.numel() * (mesh.layout.rows if mesh else 1))
         waited = time.perf_counter() - begin
         result = train_step(model, optimizer, batch.split(config.accumulate), job.term, config.clip, config.slice, mesh)
@@ -239,3 +239,5 @@ def _evaluate(job: Job, balancer, done: int, last: bool, metrics, display) -> No
         shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if isinstance(value, (int, float)))
         if shown:
             display.note(f"{job.name}  step {done}  {evaluation.name}: {shown}")
+    if job.mesh is not None:
+        job.mesh.wait()
