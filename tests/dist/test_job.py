@@ -13,7 +13,8 @@ from lifecycle_helpers import TINY, checkpoints, losses, puna
 
 from puna.cli.main import main
 
-STAGE = ("--train.steps", "12", "--train.rows", "12", "--train.accumulate", "2", "--train.checkpoint_every", "3")
+STAGE = ("--train.steps", "12", "--train.rows", "12", "--train.accumulate", "2", "--train.checkpoint_every", "3",
+         "--model.n_kv_heads", "2")  # fmt: skip
 
 
 def start(folder, processes, *words):
