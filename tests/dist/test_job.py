@@ -13,7 +13,8 @@ from lifecycle_helpers import TINY, checkpoints, losses, puna
 
 from puna.cli.main import main
 
-STAGE = ("--train.steps", "12", "--train.rows", "12", "--train.accumulate", "2", "--train.checkpoint_every", "3")
+STAGE = ("--train.steps", "12", "--train.rows", "12", "--train.accumulate", "2", "--train.checkpoint_every", "3",
+         "--model.n_kv_heads", "2")  # fmt: skip
 
 
 def start(folder, processes, *words):
@@ -88,3 +89,14 @@ def test_one_process_says_how_several_are_started(tmp_path, monkeypatch, capsys,
     assert main(["pretrain", "tiny.py", f"--parallel.{setting}", "2"]) == 1
     assert "there is one process: start several with torchrun" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("launched, gpu", [(True, True), (True, False), (False, True)])
+def test_torchrun_on_one_gpu_makes_a_process_of_one(monkeypatch, launched, gpu):
+    from puna.cli import train
+
+    monkeypatch.delenv("RANK", raising=False)
+    if launched:
+        monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    assert train._one_gpu() == (launched and gpu)

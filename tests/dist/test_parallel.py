@@ -5,6 +5,7 @@ import torch
 from dist_helpers import alone, parallel_step
 
 LAYOUTS = {
+    "one": (1, {}),  # as torchrun starts it on one GPU
     "fsdp2": (2, {}),
     "fsdp4": (4, {}),
     "copies": (2, dict(dp_replicate=2)),

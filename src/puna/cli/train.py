@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from contextlib import nullcontext
@@ -44,7 +45,7 @@ def stage(args) -> None:
     run, init = stage_config(args, name)
     trackers.check(tuple(args.track))
     folder = run_folder(run.name)
-    if world_size() > 1:
+    if world_size() > 1 or _one_gpu():
         from puna.parallel.mesh import processes
 
         with processes(run.parallel) as mesh:
@@ -59,6 +60,15 @@ def stage(args) -> None:
         main = True
     if main:
         show.stage(folder / name)
+
+
+def _one_gpu() -> bool:
+    """Whether torchrun started this process alone on a machine with a GPU: a process of one, whose model is there."""
+    if "RANK" not in os.environ:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _train(args, name: str, run, init: str | None, folder: Path, mesh) -> None:
