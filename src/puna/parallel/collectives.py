@@ -47,7 +47,7 @@ def _scatter(x: Tensor, dim: int, group) -> Tensor:
     first = x.movedim(dim, 0).contiguous()
     out = first.new_empty(first.shape[0] // dist.get_world_size(group), *first.shape[1:])
     reduce_scatter_single(out, first, group=group)
-    return out.movedim(0, dim)
+    return out if dim % x.dim() == 0 else out.movedim(0, dim).contiguous()  # no view: FSDP warns of hooks that make one
 
 
 class _Gather(torch.autograd.Function):
