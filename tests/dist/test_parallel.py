@@ -1,4 +1,4 @@
-"""Every parallelism, and every pair that makes sense, against one process: loss, gradients, weights, router's counts."""
+"""Every parallelism, and every pair that makes sense, against one process: loss, gradients, weights, routes."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_a_step_equals_one_process(pool, kind, name):
 @pytest.mark.parametrize("world, layout, accumulate", PIPELINES, ids=str)
 @pytest.mark.parametrize("kind", ["scout", "maverick"])
 def test_a_pipeline_equals_one_process(pool, kind, world, layout, accumulate):
-    compare(pool, kind, world, dict(pp=2) | layout, accumulate=accumulate)
+    compare(pool, kind, world, dict(pp=2) | layout, accumulate=accumulate, recompute=int(kind == "maverick"))
 
 
 @pytest.mark.parametrize("layout", [{}, dict(cp=2), dict(tp=2, ep=2)], ids=str)
@@ -95,7 +95,7 @@ def test_one_document_and_no_pictures(pool, layout, options):
 
 @pytest.mark.parametrize("layout, accumulate", [({}, 1), (dict(ep=2), 1), (dict(tp=2), 1), (dict(pp=2), 4)], ids=str)
 def test_fp8_products_of_many_processes(pool, layout, accumulate):
-    """Every token and weight is rounded as on one process, so the loss is the same (but for tp, whose rows are shorter);
+    """Every token and weight is rounded as on one process, so the loss is the same (but for tp: its rows are shorter);
     a weight's gradient is summed from rounded parts that are other ones."""
     expected, gradients, _ = alone("sixteens", torch.float32, accumulate, fp8="rowwise")
     plain, exact, _ = alone("sixteens", torch.float32, accumulate)

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from dist_helpers import ROWS, Remember, T, awake, batch, config
-from test_parallel import compare
 
 from puna.model import Llama4
 from puna.optim import build_muon
@@ -24,24 +23,6 @@ from puna.train.loop import _evaluate
 from puna.train.metrics import NoMetrics
 from puna.train.step import local, train_step
 from puna.train.terms import NextToken
-
-PIPELINES = {
-    "pp2": (2, dict(pp=2), 4),
-    "pp4": (4, dict(pp=4), 4),
-    "pp2 interleaved": (2, dict(pp=2, pp_chunks=2), 4),
-    "pp2 fsdp2": (4, dict(pp=2), 2),
-    "pp2 ep2": (4, dict(pp=2, ep=2), 2),
-    "pp2 tp2": (4, dict(pp=2, tp=2), 4),
-    "pp2 cp2": (4, dict(pp=2, cp=2), 4),
-    "pp2 copies": (4, dict(pp=2, dp_replicate=2), 2),
-}
-
-
-@pytest.mark.parametrize("recompute", [0, 1])
-@pytest.mark.parametrize("name", PIPELINES)
-def test_a_pipeline_equals_one_process(pool, name, recompute):
-    world, layout, accumulate = PIPELINES[name]
-    compare(pool, "maverick" if recompute else "scout", world, layout, accumulate=accumulate, recompute=recompute)
 
 
 def messages(rank, layout, micro):
