@@ -7,7 +7,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "lifecycle")]
 
-from puna.testing.distributed import Pool
+from puna.testing.distributed import Pool  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -138,7 +138,8 @@ def test_a_checkpoint_written_beside_training_changes_no_bit(pool, tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "name"),
-    [(FILES[0], "layers.1.moe.experts.w13"), (FILES[0], "norm.weight"), (FILES[1], "exp_avg_sq/layers.0.attention.wo.weight"),
+    [(FILES[0], "layers.1.moe.experts.w13"), (FILES[0], "norm.weight"),
+     (FILES[1], "exp_avg_sq/layers.0.attention.wo.weight"),
      (FILES[1], "balance/1"), (FILES[1], "random_state")],
 )  # fmt: skip
 def test_a_flipped_bit_is_found_by_one_process_and_known_to_all(pool, four, tmp_path, file, name):

@@ -115,7 +115,8 @@ def assert_same(one, many, tolerance=1e-10):
 
 
 @pytest.mark.parametrize("layout, accumulate", [
-    (dict(ep=2), 1), (dict(tp=2), 1), (dict(cp=2), 1), (dict(pp=2), 2), (dict(dp_replicate=2), 2)], ids=str)  # fmt: skip
+    (dict(ep=2), 1), (dict(tp=2), 1), (dict(cp=2), 1), (dict(pp=2), 2), (dict(dp_replicate=2), 2),
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("balancing", ["auxiliary", "bias"])
 def test_balancing_is_that_of_one_process(pool, balancing, layout, accumulate):
     options = (3, accumulate, balancing, 0.5)
