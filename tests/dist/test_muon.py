@@ -98,6 +98,14 @@ def replicated_rows(name, parameter):
     return [Replicate(), Shard(0)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fresh(pool):
+    """Workers of its own: gathering a DTensor leaves caches that name process groups, which end with each run."""
+    pool.close()
+    yield
+    pool.close()
+
+
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("where", [rows, columns])
 def test_two_ranks_make_the_step_of_one(pool, uneven, where):
