@@ -13,7 +13,7 @@ from puna.data.mixture import Mixture
 from puna.data.packing import pack
 from puna.errors import PunaError
 from puna.processor import Encoded
-from puna.tasks import EmojiPicture, Scene, Sheet
+from puna.tasks import EmojiPicture, Scene
 
 IMAGE_START, IMAGE_END = 1, 2
 
@@ -197,7 +197,6 @@ def test_no_pictures_no_tiles():
 def test_augmented_pictures_get_another_look_each_time():
     picture, plain, scene = EmojiPicture("1f355", "twemoji", 7), EmojiPicture("1f355", "twemoji"), Scene(3)
     assert varied(picture, 1) == EmojiPicture("1f355", "twemoji", 1) != varied(picture, 2)
-    assert varied(Sheet(7), 1) == Sheet(7, look=1) != varied(Sheet(7), 2)
     assert varied(plain, 1) is plain and varied(scene, 1) is scene, "the test form and boxes stay as they are"
     docs = [Encoded(np.array([5, 1, 3, 2, 6], np.int32), np.ones(5, bool), [picture]) for _ in range(8)]
     packed = {"seen": pack(docs, 16, 16, 0, image=(1, 2))}

@@ -20,7 +20,7 @@ from puna.stages.config import StageRun
 from puna.stages.pretrain import pretrain
 from puna.stages.vision import LookBatches, vision
 from puna.tasks.looking import Shown, shown
-from puna.tasks.pictures import EmojiPicture, Scene, Sheet, by_id, scene_concepts, styles
+from puna.tasks.pictures import EmojiPicture, Scene, by_id, scene_concepts, styles
 from puna.train import TrainConfig
 from puna.train.step import accumulate_gradients
 from puna.train.terms import Names
@@ -70,17 +70,6 @@ def test_what_tokens_show_is_what_pixels_say(seed, side):
 def test_a_single_picture_shows_its_thing_everywhere():
     concept = scene_concepts()[0]
     assert shown(EmojiPicture(concept, styles(concept)[0], 5), IMAGE) == [Shown(concept)] * 4
-
-
-@pytest.mark.parametrize(("tile", "patch"), [(64, 16), (128, 16), (128, 32)])
-def test_a_sheet_shows_each_picture_in_its_quarter_alone(tile, patch):
-    sheet, image = Sheet(3), ImageProcessor(tile, patch, 4)
-    a, b, c, d = (picture.concept for picture in sheet.pictures)
-    half = round(image.tokens_per_tile**0.5) // 2
-    whole = ([a] * half + [b] * half) * half + ([c] * half + [d] * half) * half
-    fine = [each for each in (a, b, c, d) for _ in range(image.tokens_per_tile)]
-    assert shown(sheet, image) == [Shown(concept) for concept in (whole if tile == 128 else fine + whole)]
-    assert len(shown(sheet, image)) == len(image.tiles(sheet.open())) * image.tokens_per_tile
 
 
 def looked(batch):

@@ -29,7 +29,7 @@ from puna.data.mixture import Mixture
 from puna.data.order import derive
 from puna.data.packing import PackedRows
 from puna.processor import join
-from puna.tasks.pictures import EmojiPicture, Sheet
+from puna.tasks.pictures import EmojiPicture
 
 
 @dataclass(frozen=True)
@@ -208,4 +208,4 @@ def varied(picture: Any, seed: int) -> Any:
     """The same picture with another look, if it is an augmented one; else the picture itself."""
     if isinstance(picture, EmojiPicture) and picture.seed is not None:
         return replace(picture, seed=seed)
-    return replace(picture, look=seed) if isinstance(picture, Sheet) else picture
+    return picture

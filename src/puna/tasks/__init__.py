@@ -1,7 +1,7 @@
 """Tasks: items(split, seed, level), a prompt with pictures, a grade. Data, evaluation and RL all use these.
 
-`TASKS` maps a name to its class, `task(name, **config)` makes one. `Captions`, `Sheets` and
-`Scenes` make pre-training documents with pictures, not items (`DOCUMENTS`).
+`TASKS` maps a name to its class, `task(name, **config)` makes one. `Captions` and `Scenes`
+make pre-training documents with pictures, not items (`DOCUMENTS`).
 """
 
 from __future__ import annotations
@@ -12,24 +12,21 @@ from inspect import signature
 from puna.errors import PunaError
 from puna.tasks.addition import Addition
 from puna.tasks.base import Item, Task
-from puna.tasks.captions import Captions, Sheets
+from puna.tasks.captions import Captions
 from puna.tasks.conversations import Conversations
 from puna.tasks.facts import Facts
 from puna.tasks.grounding import Grounding, Scenes
 from puna.tasks.naming import Naming
 from puna.tasks.needle import Needle
-from puna.tasks.pictures import EmojiPicture, PictureRef, Scene, Sheet
+from puna.tasks.pictures import EmojiPicture, PictureRef, Scene
 from puna.tasks.recall import Recall
 
 TASKS: dict[str, type[Task]] = {
     kind.name: kind for kind in (Addition, Conversations, Facts, Grounding, Naming, Needle, Recall)
 }
-DOCUMENTS: dict[str, type] = {kind.name: kind for kind in (Captions, Sheets, Scenes)}
+DOCUMENTS: dict[str, type] = {kind.name: kind for kind in (Captions, Scenes)}
 
-__all__ = [
-    "DOCUMENTS", "TASKS", "Captions", "EmojiPicture", "Item", "PictureRef", "Scene", "Scenes", "Sheet", "Sheets",
-    "Task", "task",
-]  # fmt: skip
+__all__ = ["DOCUMENTS", "TASKS", "Captions", "EmojiPicture", "Item", "PictureRef", "Scene", "Scenes", "Task", "task"]
 
 
 def task(name: str, **config) -> Task:

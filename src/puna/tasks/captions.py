@@ -17,7 +17,7 @@ from itertools import count as count_from
 from puna import nursery
 from puna.errors import PunaError
 from puna.tasks.languages import language_weights, weighted
-from puna.tasks.pictures import EmojiPicture, PictureRef, Sheet, by_id, styles
+from puna.tasks.pictures import EmojiPicture, PictureRef, styles
 from puna.tasks.seeding import rng
 
 # Around a picture: before it, and after it up to the name. The name ends the sentence, so it needs no article or case.
@@ -91,24 +91,3 @@ class Captions:
 
     def _picture(self, rand, concept) -> EmojiPicture:
         return EmojiPicture(concept.id, rand.choice(styles(concept.id)), rand.getrandbits(32))
-
-
-class Sheets:
-    """Four pictures on one (`pictures.Sheet`) and their English names in reading order, a row a line; endless.
-
-    Before a young eye finds things anywhere and at any size, it has to learn that one picture can show several, each
-    in its place; here they lie where patches begin (docs/LOG.md).
-    """
-
-    name = "sheets"
-
-    def document(self, index: int, seed: int = 0) -> list[str | PictureRef]:
-        """Document `index`."""
-        sheet = Sheet(rng(self.name, seed, index).getrandbits(40))
-        names = [by_id()[picture.concept].names["en"] for picture in sheet.pictures]
-        return [sheet, f"{names[0]}, {names[1]}\n{names[2]}, {names[3]}"]
-
-    def documents(self, seed: int = 0, start: int = 0) -> Iterator[list[str | PictureRef]]:
-        """Documents from `start` on, without end."""
-        for index in count_from(start):
-            yield self.document(index, seed)

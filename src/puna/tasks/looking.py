@@ -3,8 +3,7 @@
 A tile becomes t x t tokens, each a square cell of the canvas; behind the tiles comes the whole picture on one tile of
 its own (llama4-facts.md §3.4). A cell shows the thing that it shares most with: the shared area over the smaller of
 cell and box, at least a quarter. Where that thing is, as far as its tile can tell: left, top, right, bottom of what
-lies in the tile, as shares of the tile's side. A single nursery picture shows its thing in every cell, somewhere, and
-each of four on a sheet in the cells of its quarter.
+lies in the tile, as shares of the tile's side. A single nursery picture shows its thing in every cell, somewhere.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from puna.processor.image import ImageProcessor
-from puna.tasks.pictures import EmojiPicture, PictureRef, Scene, Sheet
+from puna.tasks.pictures import EmojiPicture, PictureRef, Scene
 
 LEAST = 0.25
 
@@ -26,12 +25,10 @@ class Shown(NamedTuple):
 
 def shown(picture: PictureRef, image: ImageProcessor) -> list[Shown]:
     """What the patch tokens of a picture show, in the tokens' order."""
-    side = round(image.tokens_per_tile**0.5)
-    if isinstance(picture, Sheet):
-        return [found for place in tile_places(picture, image) for found in _of_sheet(picture, *place, side)]
     if not isinstance(picture, Scene):
         concept = picture.concept if isinstance(picture, EmojiPicture) else None
         return [Shown(concept)] * (image.plan(*picture.size).tiles * image.tokens_per_tile)
+    side = round(image.tokens_per_tile**0.5)
     return [found for place in tile_places(picture, image) for found in _of_tile(picture, *place, side)]
 
 
@@ -42,13 +39,6 @@ def tile_places(picture: PictureRef, image: ImageProcessor) -> list[tuple[float,
     edge = image.tile * side / canvas.width
     tiles = [(row * edge, column * edge, edge) for row in range(canvas.rows) for column in range(canvas.cols)]
     return tiles + [(0.0, 0.0, float(side))] * (canvas.tiles > 1)
-
-
-def _of_sheet(sheet: Sheet, top: float, left: float, edge: float, side: int) -> list[Shown]:
-    """The cells of one tile of four pictures: what lies under their middles."""
-    pictures, half, cell = sheet.pictures, sheet.size[0] / 2, edge / side
-    rows, columns = ([int((start + (i + 0.5) * cell) >= half) for i in range(side)] for start in (top, left))
-    return [Shown(pictures[2 * row + column].concept) for row in rows for column in columns]
 
 
 def _of_tile(scene: Scene, top: float, left: float, edge: float, side: int) -> list[Shown]:

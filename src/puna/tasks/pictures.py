@@ -10,9 +10,8 @@ flag, a clock or letters), a colour matrix (hue, saturation, brightness), someti
 the hue rotation of the SVG filter specification, M = L + s (cos h (I - L) + sin h K) with L the luma rows, so s < 1
 is partial greyscale.
 
-`Sheet` is four of them side by side. `Scene` puts 3 to 6 nursery pictures on one background and knows their boxes
-exactly: each is cropped to its visible pixels (alpha >= VISIBLE) before it is scaled and pasted, and the box is
-measured again on the scaled alpha.
+`Scene` puts 3 to 6 nursery pictures on one background and knows their boxes exactly: each is cropped to its visible
+pixels (alpha >= VISIBLE) before it is scaled and pasted, and the box is measured again on the scaled alpha.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import ClassVar
 
 import numpy as np
@@ -192,43 +190,6 @@ class EmojiPicture(PictureRef):
         if rand.random() < 0.2:
             picture = picture.filter(ImageFilter.GaussianBlur(rand.uniform(0.3, 0.9)))
         return picture
-
-
-@lru_cache(maxsize=1)
-def _draws(naming_weight: float = 8.0) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Ids of all concepts, and cumulative weights that favour those the naming test asks for, as captions do."""
-    concepts = nursery.concepts()
-    return tuple(c.id for c in concepts), tuple(accumulate(naming_weight if c.naming else 1.0 for c in concepts))
-
-
-@dataclass(frozen=True)
-class Sheet(PictureRef):
-    """Four augmented nursery pictures, 2 x 2, each on its own background: four things to tell apart on one large tile.
-
-    seed decides what is shown, look how it looks.
-    """
-
-    seed: int
-    look: int = 0
-    kind: ClassVar[str] = "sheet"
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return 2 * SIDE, 2 * SIDE
-
-    @property
-    def pictures(self) -> tuple[EmojiPicture, ...]:
-        """The four, row by row."""
-        ids, weights = _draws()
-        shown = rng("sheet", self.seed).choices(ids, cum_weights=weights, k=4)
-        rand = rng("sheet look", self.seed, self.look)
-        return tuple(EmojiPicture(concept, rand.choice(styles(concept)), rand.getrandbits(32)) for concept in shown)
-
-    def open(self) -> Image.Image:
-        whole = Image.new("RGB", self.size)
-        for i, picture in enumerate(self.pictures):
-            whole.paste(picture.open(), (i % 2 * SIDE, i // 2 * SIDE))
-        return whole
 
 
 @dataclass(frozen=True)
