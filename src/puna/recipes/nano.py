@@ -98,7 +98,7 @@ def _sixty() -> tuple[StageConfig | None, ...]:
     vision = _stage(
         512, 3, {"captions": 0.5, "scenes": 0.5},
         {"captions": {"items": 60000, "languages": {"en": 1.0}}, "scenes": {"items": 20000, "words": 1.0}},
-        steps=2400, rows=2, warmup=100, decay=0.3, floor=0.02, checkpoint_every=800, eval_every=800, lr=1e-3,
+        steps=2400, rows=2, warmup=100, decay=0.3, floor=0.02, checkpoint_every=800, eval_every=800, lr=4e-4,
         weight_decay=0.02,
     )  # fmt: skip
     pretrain = _stage(
