@@ -55,8 +55,7 @@ def build_model(config: ModelConfig, mesh: Mesh, values: Values | int, dtype: to
     _shard(model, mesh, model.dtype)
     model.to_empty(device=mesh.device)
     if isinstance(values, int):
-        seed = values
-        values = lambda name, part: initial_part(name, part.shape, part.runs, config, seed)  # noqa: E731
+        values = _drawn(config, values)
     model.parts = {name: _own(parts[name], parameter) for name, parameter in model.named_parameters()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -84,6 +83,10 @@ def whole_model(model: Llama4, mesh: Mesh) -> Llama4 | None:
     copy.load_state_dict(values, assign=True)
     copy.compute_dtype = model.compute_dtype
     return copy
+
+
+def _drawn(config: ModelConfig, seed: int) -> Values:
+    return lambda name, part: initial_part(name, part.shape, part.runs, config, seed)
 
 
 def _empty(config: ModelConfig, dtype: torch.dtype) -> Llama4:

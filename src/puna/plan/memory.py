@@ -60,6 +60,26 @@ PRECISIONS = {
 }
 
 
+class Fits:
+    """What a plan with `memory`, bytes by part on the fullest GPU, and `usable` bytes there says of the two."""
+
+    memory: dict[str, float]
+    usable: float
+
+    @property
+    def used(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def over(self) -> float:
+        """Bytes that are missing; negative: left."""
+        return self.used - self.usable
+
+    @property
+    def fits(self) -> bool:
+        return self.over <= 0
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How a step is run.

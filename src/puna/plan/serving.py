@@ -28,7 +28,7 @@ from puna.fields import nearest
 from puna.model import ModelConfig
 from puna.plan.flops import mean_keys, parameter_count, shapes
 from puna.plan.hardware import Cluster
-from puna.plan.memory import weight_bytes
+from puna.plan.memory import Fits, weight_bytes
 
 SERVED = ("float32", "bf16", "fp8", "int8", "int4")  # the largest first
 CACHES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "float32": torch.float32}
@@ -67,7 +67,7 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class ServingPlan:
+class ServingPlan(Fits):
     """Bytes on each of `gpus` GPUs."""
 
     precision: str
@@ -81,18 +81,6 @@ class ServingPlan:
     usable: float
     longest: int  # tokens of a single sequence that fit
     rates: list[Rate] = field(default_factory=list)
-
-    @property
-    def used(self) -> float:
-        return sum(self.memory.values())
-
-    @property
-    def over(self) -> float:
-        return self.used - self.usable
-
-    @property
-    def fits(self) -> bool:
-        return self.over <= 0
 
 
 def serve(config: ModelConfig, cluster: Cluster, work: ServingWork) -> ServingPlan:

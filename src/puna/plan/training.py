@@ -26,7 +26,7 @@ from puna.plan.communication import Traffic
 from puna.plan.flops import flops_per_tile, flops_per_token, mean_keys, parameter_count
 from puna.plan.hardware import Cluster
 from puna.plan.layout import layouts
-from puna.plan.memory import PRECISIONS, Schedule, alike, fullest, training_memory
+from puna.plan.memory import PRECISIONS, Fits, Schedule, alike, fullest, training_memory
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
+class TrainingPlan(Fits):
     """Numbers of one layout; bytes and seconds, on the fullest and the slowest rank."""
 
     layout: Layout
@@ -62,19 +62,6 @@ class TrainingPlan:
     seconds: dict[str, float] = field(default_factory=dict)
     mfu: float = 0.0
     price: float = 0.0  # $ a GPU-hour
-
-    @property
-    def used(self) -> float:
-        return sum(self.memory.values())
-
-    @property
-    def over(self) -> float:
-        """Bytes that are missing on the fullest rank; negative: left."""
-        return self.used - self.usable
-
-    @property
-    def fits(self) -> bool:
-        return self.over <= 0
 
     @property
     def step(self) -> float:
