@@ -9,7 +9,12 @@ computed. The probabilities P are kept for the backward, B * H * T * (T + BLOCK)
 
 The query heads of one key head are rows of one product: [B, T, K * R, d] is worked on as [B * K, T * R, d].
 
-On a GPU the kernel that takes a mask takes no grouped heads: keys are repeated, or torch would write out all scores.
+What queries see is said by a `Span` (span.py), None for plain causal attention:
+
+                 causal                  a span
+    CPU, short   blocks                  blocks with its mask
+    CPU, long    the fused kernel        the fused kernel, LONG queries at a time against the keys that any of them sees
+    GPU          the fused kernel        FlexAttention, compiled: blocks that nobody sees cost nothing
 """
 
 from __future__ import annotations
@@ -20,20 +25,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puna.model.span import Span
+
 BLOCKS_UP_TO = 512  # keys; longer rows would keep too many probabilities
 BLOCK = 64  # queries
+LONG = 512  # queries of a long row that share a small mask
 
 
-def attend(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
-    """Attention with grouped heads and 1/sqrt(d): [B, T, H, d]. With `causal` no query sees a later key.
+def attend(q_BTHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, span: Span | None = None, causal: bool = True) -> Tensor:
+    """Attention with grouped heads and 1/sqrt(d): [B, T, H, d].
 
-    mask: additive, [B, 1, T, S] for S keys. With `causal` S is T, and the mask, which hides more, has to hide the later
-    keys too.
+    span: what each query sees of the S keys; without one S is T, and no query sees a later key if `causal`, else every
+    query every key.
     """
-    if q_BTHd.device.type == "cpu" and q_BTHd.shape[1] <= BLOCKS_UP_TO:
-        return _Blocks.apply(q_BTHd, k_BTKd, v_BTKd, mask, causal)
-    q, k, v = (t.transpose(1, 2) for t in (q_BTHd, k_BTKd, v_BTKd))
-    return fused(q, k, v, mask, causal and mask is None).transpose(1, 2)
+    T, S = q_BTHd.shape[1], k_BSKd.shape[1]
+    if q_BTHd.device.type == "cpu" and max(T, S) <= BLOCKS_UP_TO:
+        mask = None if span is None else span.mask(q_BTHd.dtype)
+        return _Blocks.apply(q_BTHd, k_BSKd, v_BSKd, mask, causal and T == S)
+    q, k, v = (t.transpose(1, 2) for t in (q_BTHd, k_BSKd, v_BSKd))
+    if span is None:
+        out = fused(q, k, v, None, causal)
+    elif q.is_cuda:
+        out = _flex()(q, k, v, block_mask=span.blocks(), enable_gqa=True)
+    else:
+        out = _by_blocks(q, k, v, span)
+    return out.transpose(1, 2)
+
+
+def _by_blocks(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, span: Span) -> Tensor:
+    """LONG queries at a time, each block against the keys between the first and the last that any of it sees."""
+    done = []
+    for start in range(0, q_BHTd.shape[2], LONG):
+        stop = min(start + LONG, q_BHTd.shape[2])
+        low, high = span.seen(start, stop)
+        mask_BTS = span.visible(start, stop, low, high)
+        k, v = (t[:, :, low:high] for t in (k_BKSd, v_BKSd))
+        done.append(fused(q_BHTd[:, :, start:stop], k, v, mask_BTS[:, None], False))
+    return torch.cat(done, dim=2)
+
+
+@lru_cache(maxsize=1)
+def _flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
 
 
 def fused(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -76,7 +111,7 @@ class _Blocks(torch.autograd.Function):
         for i, j, s in ctx.blocks:
             scores = torch.bmm(q[:, i * R : j * R], k[:, :s].transpose(1, 2))
             view_BKTRS = scores.view(B, K, j - i, R, s)
-            if mask is not None:
+            if mask is not None:  # which hides later keys as well
                 view_BKTRS += mask[:, :, i:j, None, :s]
             elif causal:
                 view_BKTRS[..., i:] += _triangle(scores.dtype)[: j - i, :, : j - i]

@@ -6,8 +6,8 @@ rotation) and attend inside their own chunk: query p sees keys floor(p / C) * C 
 
 **No mask for chunks.** A [B, T] batch with T a multiple of C is a [B * T/C, C] batch of plainly causal sequences: the
 fold costs nothing and runs on any device. Packed rows keep this exact when a document longer than C starts on a
-multiple of C and a shorter one never straddles one; short documents that share a chunk need one block-diagonal mask,
-built once a batch. Rows that break the rule are still computed correctly, with an explicit mask of the whole row.
+multiple of C and a shorter one never straddles one; short documents that share a chunk are told apart by a `Span`
+(span.py). Rows that break the rule are still computed correctly, without the fold.
 
 **Cache.** Decoding passes a `Cache`; the model hands over each layer's new keys and values, and gets back all that
 its queries may see. The model does not know how they are stored (`engine/cache.py` does).
@@ -27,6 +27,7 @@ from torch import Tensor
 from puna.model import ops, rope
 from puna.model.attend import attend, fused
 from puna.model.config import ModelConfig
+from puna.model.span import Span
 
 
 class Cache(Protocol):
@@ -44,24 +45,18 @@ class Cache(Protocol):
 
 @dataclass
 class Layout:
-    """Positions, rotations and masks of one batch, shared by all layers.
+    """Positions, rotations and what queries see in one batch, shared by all layers.
 
-    `local_mask` is [B * n, 1, C, C] over folded chunks, or [B, 1, T, T] when `fold` is None; None: plain causal.
+    `local_span` is over the keys of a chunk [B * n, C] where rows are folded, else over the row; None: plain causal.
     `keys` brings the keys and values that global layers see where a row's tokens are spread over several processes.
     """
 
     rotation: Tensor  # complex [B, T, 1, d/2]
     temperature: Tensor | None  # fp32 [B, T, 1, 1]
     fold: int | None = None  # chunk length the rows are folded by
-    local_mask: Tensor | None = None
-    global_mask: Tensor | None = None  # [B, 1, T, S]
+    local_span: Span | None = None
+    global_span: Span | None = None
     keys: Callable[[Tensor], Tensor] | None = None  # [B, T, K, d] -> [B, S, K, d]
-
-
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Boolean visibility [N, T, S] as an additive mask [N, 1, T, S]; once a batch instead of once a layer."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, float("-inf"))[:, None]
 
 
 def document_starts(doc_ids_BT: Tensor) -> Tensor:
@@ -86,22 +81,18 @@ def make_layout(config: ModelConfig, tokens_BT: Tensor, doc_ids_BT: Tensor | Non
     start = document_starts(doc_ids_BT)
     positions = index - start
     layout = Layout(rope.rotation(positions, freqs), _temperature(positions, config))
+    last_T = index[0]
     if (start > 0).any():
-        same = doc_ids_BT[:, :, None] == doc_ids_BT[:, None, :]
-        layout.global_mask = _additive(same & (index[:, :, None] >= index[:, None, :]), dtype)
+        layout.global_span = Span(start, last_T, T)
     if T > C and bool(((start % C == 0) | (start // C == index // C)).all()):
         layout.fold = C
-        padded = F.pad(doc_ids_BT, (0, -T % C), value=-2).reshape(-1, C)
-        if (padded != padded[:, :1]).any():
-            order = torch.arange(C, device=device)
-            same = padded[:, :, None] == padded[:, None, :]
-            layout.local_mask = _additive(same & (order[:, None] >= order), dtype)
+        first = F.pad(start, (0, -T % C)).reshape(-1, C) - torch.arange(0, T, C, device=device).repeat(B)[:, None]
+        if (first > 0).any():  # documents that share a chunk; whoever began before it sees it from its start
+            layout.local_span = Span(first.clamp(min=0), torch.arange(C, device=device), C)
     elif T <= C:
-        layout.local_mask = layout.global_mask
-    else:  # documents off the grid: exact, but with a mask over the whole row
-        chunk = positions // C
-        same = (doc_ids_BT[:, :, None] == doc_ids_BT[:, None, :]) & (chunk[:, :, None] == chunk[:, None, :])
-        layout.local_mask = _additive(same & (index[:, :, None] >= index[:, None, :]), dtype)
+        layout.local_span = layout.global_span
+    else:  # documents off the grid: exact, but without the fold
+        layout.local_span = Span(index - positions % C, last_T, T)
     return layout
 
 
@@ -138,20 +129,20 @@ class Attention(nn.Module):
         elif self.nope:
             if layout.keys is not None:
                 k, v = layout.keys(k), layout.keys(v)
-            out_BTHd = attend(q, k, v, layout.global_mask, causal=layout.keys is None)
+            out_BTHd = attend(q, k, v, layout.global_span, causal=layout.keys is None)
         else:
             out_BTHd = self._local(q, k, v, layout)
         return ops.linear(out_BTHd.reshape(B, T, -1), self.wo.weight)
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         if layout.fold is None:
-            return attend(q, k, v, layout.local_mask)
+            return attend(q, k, v, layout.local_span)
         B, T = q.shape[:2]
         pad = -T % layout.fold  # at the end, so causal attention never sees it
         if pad:
             q, k, v = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (q, k, v))
         q, k, v = (t.reshape(-1, layout.fold, *t.shape[2:]) for t in (q, k, v))
-        return attend(q, k, v, layout.local_mask).reshape(B, T + pad, *q.shape[2:])[:, :T]
+        return attend(q, k, v, layout.local_span).reshape(B, T + pad, *q.shape[2:])[:, :T]
 
     def _cached(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, cache: Cache) -> Tensor:
         k, v, mask_BTS = cache.extend(self.layer, k_BTKd.transpose(1, 2), v_BTKd.transpose(1, 2))

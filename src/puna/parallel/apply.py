@@ -51,7 +51,6 @@ def build_model(config: ModelConfig, mesh: Mesh, values: Values | int, dtype: to
     _hook(model, mesh)
     model.compute_dtype = compute
     model.share = RowShare(mesh, config.chunk, config.patch_token)
-    model.share.dtype = model.dtype
     _shard(model, mesh, model.dtype)
     model.to_empty(device=mesh.device)
     if isinstance(values, int):

@@ -28,6 +28,7 @@ from torch import Tensor
 from puna.errors import PunaError
 from puna.model import Llama4
 from puna.model.attention import Layout as Positions
+from puna.model.span import Span
 from puna.parallel.collectives import all_gather
 from puna.parallel.mesh import Mesh
 
@@ -77,29 +78,24 @@ class RowShare:
             if int(patches_BT.sum()) != len(features):
                 raise ValueError(f"{int(patches_BT.sum())} <|patch|> tokens, but {len(features)} image features")
             features = features.index_select(0, number_BT[:, own][patches_BT[:, own]])
-        return tokens_BT[:, own], features, self._cut_layout(layout, tokens_BT.shape[1])
+        return tokens_BT[:, own], features, self._cut_layout(layout, *tokens_BT.shape)
 
-    def _cut_layout(self, layout: Positions, T: int) -> Positions:
+    def _cut_layout(self, layout: Positions, B: int, T: int) -> Positions:
         if self.mesh.layout.cp == 1:
             return layout
-        place, C = self.context(T), self.chunk
+        place, C, row = self.context(T), self.chunk, torch.arange(T, device=self.mesh.device)
         if layout.fold is None and T > C:
             raise PunaError("parallel.cp: documents must lie on the grid of chunks, as puna's packing lays them")
         mine = Positions(layout.rotation[:, place], None if layout.temperature is None else
                          layout.temperature[:, place], layout.fold)  # fmt: skip
-        if layout.local_mask is not None:
+        if (local := layout.local_span) is not None:
             chunks = torch.tensor(chunks_of(T // C, self.mesh.at["cp"], self.mesh.layout.cp), device=place.device)
-            mine.local_mask = layout.local_mask.unflatten(0, (-1, T // C))[:, chunks].flatten(0, 1)
-        if layout.global_mask is not None:
-            mine.global_mask = layout.global_mask[:, :, place]
-        else:
-            visible_TS = place[:, None] >= torch.arange(T, device=place.device)
-            mask = torch.zeros(visible_TS.shape, dtype=self.dtype, device=place.device)
-            mine.global_mask = mask.masked_fill_(~visible_TS, float("-inf"))[None, None]
+            first = local.first_BT.unflatten(0, (-1, T // C))[:, chunks].flatten(0, 1)
+            mine.local_span = Span(first, local.last_T, C)
+        everything = layout.global_span or Span(torch.zeros(B, T, dtype=torch.int64, device=row.device), row, T)
+        mine.global_span = everything.cut(place)
         mine.keys = self.keys
         return mine
-
-    dtype = torch.float32  # of masks; set by `apply`
 
     def keys(self, k_BTKd: Tensor) -> Tensor:
         """Keys (or values) of the whole row in its order, [B, T, K, d]."""
