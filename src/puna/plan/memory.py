@@ -20,8 +20,8 @@ Activations, bytes a token and layer, b the bytes of the type that multiplies, f
     dense         8/2 b F'
 
 D, F, F', H, K, d: widths and heads of the configuration. Tensor parallelism divides all but the gathered inputs of
-attention and of the shared or dense FFN; context parallelism leaves global layers the whole row's keys and values, and
-a mask of every own query against them. `tests/unit/test_plan_memory.py` holds this against what autograd saves and
+attention and of the shared or dense FFN; context parallelism leaves global layers the whole row's keys and values.
+`tests/unit/test_plan_memory.py` holds this against what autograd saves and
 against the peak of resident memory.
 """
 
@@ -299,8 +299,6 @@ def training_memory(config: ModelConfig, layout: Layout, schedule: Schedule, pre
         parts["activations"] += flight * tokens * like.count * (b * c.d_model / tp if like.again else each)
         parts["working"] = max(parts["working"], tokens * working(c, like.layer, b, tp, s.imbalance))
     parts["activations"] += tokens * again
-    if layout.cp > 1:
-        parts["activations"] += flight * b * seq_len * seq_len / layout.cp
     if first and c.vision and s.tiles:
         share = math.ceil(s.rows * s.tiles / layout.cp / tp)
         parts["activations"] += flight * share * kept_by_tile(c.vision, b)
