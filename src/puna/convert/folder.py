@@ -29,7 +29,7 @@ from puna.processor.files import sync_folder
 
 JOURNAL = ".journal.json"
 NEW_JOURNAL = f"{JOURNAL}.new"
-FLUSH_BYTES = 2**28  # written between two journals, at least
+FLUSH_BYTES = 2**30  # written between two journals, at least: about five seconds
 
 Dtypes = dict[str, torch.dtype]
 
