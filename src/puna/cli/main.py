@@ -149,6 +149,7 @@ def build_parser() -> Parser:
     p.add_argument("--to", required=True, choices=("int4", "int8"), help="numbers in groups of 128 with a scale")
     p.add_argument("--targets", metavar="PATTERNS", help="parameter names, with commas between (default: "
                    "*.moe.experts.*,*.moe.shared.*)")  # fmt: skip
+    p.add_argument("--report", action="store_true", help="then measure perplexity and tasks before and after")
     p = command("plan", "plan:plan", "what a model needs on given GPUs: memory, communication, time, dollars",
                 epilog=settings)  # fmt: skip
     _plan(p)

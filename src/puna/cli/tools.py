@@ -64,6 +64,29 @@ def quantize(args) -> None:
         print(f"{target}: {args.to}, {size / 1e9:,.3f} GB instead of {before / 1e9:,.3f}")
 
     with_model(args.source, write)
+    if args.report:
+        _cost(args.source, target, args.to)
+
+
+def _cost(source: str, target: Path, scheme: str) -> None:
+    """Prints what the fewer bits cost, and keeps it beside the weights as cost.json."""
+    import puna
+    from puna.eval.cost import costs, score
+    from puna.processor.files import write_atomic
+
+    def measured(path):
+        model, processor = puna.load(path)
+        return score(model, processor, progress=lambda name: print(f"  {name}", file=sys.stderr, flush=True))
+
+    print(f"measuring {source}", file=sys.stderr)
+    before = measured(source)
+    print(f"measuring {target}", file=sys.stderr)
+    lines = costs(before, measured(target))
+    print(f"{'':20} {'before':>9} {scheme:>9} {'change':>9}")
+    for line in lines:
+        print(line)
+    record = {"source": str(source), "scheme": scheme, "rows": [line.to_dict() for line in lines]}
+    write_atomic(target / "cost.json", json.dumps(record, indent=1) + "\n")
 
 
 def _new(text: str) -> Path:
