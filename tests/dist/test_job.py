@@ -1,6 +1,8 @@
 """Whole commands under torchrun: a stage on several processes is the stage on one; a lost process ends the job with a
 word about it, and the same command goes on, with another layout too."""
 
+import contextlib
+import io
 import os
 import re
 import signal
@@ -9,6 +11,8 @@ import sys
 import time
 
 import pytest
+import torch.distributed as dist
+from dist_helpers import free_port
 from lifecycle_helpers import TINY, checkpoints, losses, puna
 
 from puna.cli.main import main
@@ -70,15 +74,23 @@ def test_killed_and_resumed_on_other_processes_it_follows_the_run_of_one(alone, 
             b["tokens"], b["valid"], b["sources"], b["source_tokens"], b["tiles"])  # fmt: skip
 
 
+def command(rank, folder, port, words):
+    """A command as torchrun starts it: (exit code, stderr)."""
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()) as said:
+        return main(words), said.getvalue()
+
+
 @pytest.mark.parametrize("words, message", [
     (("--parallel.tp", "3"), r"parallel: dp_replicate 1 x dp_shard 1 x cp 1 x tp 3"),
     (("--parallel.ep", "2", "--train.rows", "3", "--train.accumulate", "1"), "train.rows 3 must be a multiple of"),
     (("--parallel.cp", "2", "--data.seq_len", "64"), "parallel.cp 2: rows are cut between chunks"),
 ])  # fmt: skip
-def test_what_does_not_fit_is_told(tmp_path, words, message):
-    job = start(tmp_path, 2, *words)
-    said = job.communicate(timeout=120)[0]
-    assert job.returncode != 0 and re.search("puna: error: .*" + re.escape(message), said), said
+def test_what_does_not_fit_is_told(pool, tmp_path, words, message):
+    (tmp_path / "tiny.py").write_text(TINY, encoding="utf-8")
+    for code, said in pool.run(command, 2, tmp_path, free_port(), ["pretrain", "tiny.py", *words]):
+        assert code == 1 and re.search("^puna: error: .*" + re.escape(message), said, re.M), said
 
 
 @pytest.mark.parametrize("setting", ["tp", "ep", "pp_chunks", "dp_shard"])
