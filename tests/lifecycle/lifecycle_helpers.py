@@ -41,7 +41,7 @@ def recipe():
                         dense_width=32, n_experts=4, chunk=64, floor_scale=64, max_context=512, vision=eye)
     return RunConfig(
         "tiny", model, TokenizerConfig(400, chars=3000, code_chars=3000),
-        stage(128, 60, {"text/en": 0.4, "captions": 0.4, "sft/addition": 0.2}, 0, rows=16, accumulate=2),
+        stage(128, 36, {"text/en": 0.4, "captions": 0.4, "sft/addition": 0.2}, 0, rows=16, accumulate=2),
         stage(256, 24, {"long/en": 0.6, "captions": 0.4}, 1, rows=8),
         stage(192, 24, {"sft/naming": 0.6, "sft/addition": 0.4}, 2, rows=8),
         EvalConfig(naming=2, naming_languages=1, grounding=1, addition=1, needle=1, languages=("en",), bpb_bytes=2048,
