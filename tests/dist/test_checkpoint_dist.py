@@ -43,11 +43,8 @@ FILES = ("model.safetensors", "optimizer.safetensors")
 def one(tmp_path_factory):
     """Checkpoints that one process wrote, by kind of model."""
     folder = tmp_path_factory.mktemp("one")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the pool's processes
     for kind in ("scout", "maverick"):
         write_known(0, kind, None, folder / kind)
-    torch.set_num_threads(threads)
     return folder
 
 
