@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from puna.cli.main import main
@@ -71,6 +72,7 @@ def _command(folder: str, words: tuple[str, ...], said: str) -> None:
     for number in (1, 2):
         os.dup2(os.open(f"{said}/{number}", os.O_WRONLY | os.O_CREAT), number)
     os.chdir(folder)
+    torch.set_num_threads(1)
     sys.exit(main(list(words)))
 
 
