@@ -204,8 +204,9 @@ def make_batch(config: ModelConfig) -> Batch:
                  tuple(range(ROWS)))  # fmt: skip
 
 
-def measure(rank: int, case: Case) -> dict:
-    """The fourth step of a case on this process: loss, bytes, calls, rows its tokens sent to each expert by layer."""
+def measure(rank: int, case: Case, before: int = 3) -> dict:
+    """A step of a case on this process, after `before` others: loss, bytes, calls, rows that its tokens sent to each
+    expert by layer."""
     from puna.parallel.apply import build_model
     from puna.parallel.mesh import Mesh
 
@@ -222,7 +223,7 @@ def measure(rank: int, case: Case) -> dict:
             routed[layer[moe]] = routed.get(layer[moe], 0) + moe.counts_E
 
     batches = make_batch(case.config).split(mesh.layout.rows)[mesh.rows_index].split(case.micros)
-    for _ in range(3):  # FSDP's own preparations; a head that starts at zero learns to send gradients back
+    for _ in range(before):  # FSDP's own preparations; a head that starts at zero learns to send gradients back
         train_step(model, optimizer, batches, NextToken(), 1e9, 1024, mesh)
     layer = {block.moe: i for i, block in enumerate(model.layers) if hasattr(block, "moe")}
     for moe in moe_layers(model):

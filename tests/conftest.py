@@ -1,4 +1,4 @@
-"""What the tests share: a real, tiny processor, trained here in a fraction of a second."""
+"""What the tests share: one thread, and a real, tiny processor, trained here in a fraction of a second."""
 
 import sys
 from pathlib import Path
@@ -23,6 +23,14 @@ SENTENCES = (
     "def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(i, add(i, 1234567))\n",
     "12 + 34 = 46\n99 + 1 = 100\nWhere is the cat? In the picture there is a red apple and a small house.",
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """On a busy machine two threads stall each other, and tiny matrices gain nothing."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import warnings
 from pathlib import Path
 
@@ -213,12 +212,14 @@ def fails(rank, kind, layout, stage, who, how, asynchronous):
     return error, left
 
 
-def main(stage: str, asynchronous: str, killed: str) -> None:
-    """A job of processes of its own: three steps. killed: "yes" kills process 1 while it writes the second step's."""
+def main(rank: int, port: int, errors: str, stage: str, asynchronous: bool, killed: bool) -> None:
+    """A process of a job of two: three steps. killed: process 1 is, while it writes the second step's checkpoint."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))  # fmt: skip
+    torch.set_num_threads(1)
     with processes(Layout(), timeout=60):
-        rank = dist.get_rank()
-        torch.set_num_threads(1)
-        if rank == 1 and killed == "yes":
+        if rank == 1 and killed:
             original = checkpoint.Stored.write_block
 
             def write_block(self, *given):
@@ -227,8 +228,4 @@ def main(stage: str, asynchronous: str, killed: str) -> None:
                 original(self, *given)
 
             checkpoint.Stored.write_block = write_block
-        train_on(rank, "scout", {}, stage, 3, asynchronous == "yes", timeout=6.0)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        train_on(rank, "scout", {}, stage, 3, asynchronous, timeout=6.0)

@@ -1,5 +1,8 @@
 """A small Llama 4 of each kind, a batch with pictures, and a step on one process or many."""
 
+import socket
+from functools import cache
+
 import torch
 
 from puna.data import Batch
@@ -49,12 +52,19 @@ def batch(seed: int = 0, packed: bool = True, pictures: bool = True) -> Batch:
     return Batch(tokens, targets, valid, docs, tiles, tuple(tiles_B), ("x",) * ROWS, tuple(range(ROWS)))
 
 
+@cache
 def awake(config: ModelConfig, dtype) -> dict[str, torch.Tensor]:
     """Weights of which none is zero or special: heads, biases and norms too."""
     model = Llama4(config, seed=1)
     random = torch.Generator().manual_seed(7)
     return {n: (p.detach() + 0.1 * torch.randn(p.shape, generator=random)).to(dtype)
             for n, p in model.named_parameters()}  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 class Remember(torch.optim.SGD):
@@ -73,6 +83,7 @@ def one_step(model, batches, mesh=None, clip=1e9, slice_size=7, fp8="off"):
     return result, {name: optimizer.seen[id(p)] for name, p in model.named_parameters()}
 
 
+@cache
 def alone(kind, dtype=torch.float64, accumulate=1, clip=1e9, fp8="off", **options):
     """(result, gradients, weights after it) of a step on one process."""
     c = config(kind, options.get("pictures", True))

@@ -1,20 +1,17 @@
 """Checkpoints of many processes: the files that one would write, read by any number of them, whole whatever dies."""
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from checkpoint_helpers import compare_known, fails, resumes, starts_from, train_on, write_known
+from checkpoint_helpers import main as run_in_a_job
 from damage import flip_byte, reseal, tensor_place
+from dist_helpers import free_port
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -25,6 +22,7 @@ from puna.convert.puna import read_run, tensor_hash
 from puna.data import Batches
 from puna.data.mixture import Mixture
 from puna.data.packing import PackedRows
+from puna.testing.distributed import forks
 
 LAYOUTS = {
     "fsdp2": (2, {}),
@@ -45,11 +43,8 @@ FILES = ("model.safetensors", "optimizer.safetensors")
 def one(tmp_path_factory):
     """Checkpoints that one process wrote, by kind of model."""
     folder = tmp_path_factory.mktemp("one")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the pool's processes
     for kind in ("scout", "maverick"):
         write_known(0, kind, None, folder / kind)
-    torch.set_num_threads(threads)
     return folder
 
 
@@ -189,23 +184,21 @@ def test_one_process_fails_and_all_say_why(pool, tmp_path, who, how, said, async
 
 def job(stage, asynchronous: bool, killed: bool) -> list[tuple[int, str, float]]:
     """Two processes that are nobody's: (exit code, stderr, seconds after the first exit) of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = Path(__file__).with_name("checkpoint_helpers.py")
-    words = [sys.executable, script, stage, *("yes" if flag else "no" for flag in (asynchronous, killed))]
-    started = [
-        subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ | {
-            "PYTHONPATH": os.pathsep.join(sys.path), "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
-        for rank in range(2)
-    ]  # fmt: skip
-    ended = {}
+    stage.parent.mkdir(exist_ok=True)
+    port, started, ended = free_port(), [], {}
+    for rank in range(2):
+        errors = stage.with_name(f"errors-{killed}-{rank}")
+        process = forks().Process(target=run_in_a_job, args=(rank, port, str(errors), str(stage), asynchronous, killed))
+        process.start()
+        started.append((process, errors))
     while len(ended) < 2:
-        ended |= {i: time.monotonic() for i, each in enumerate(started) if i not in ended and each.poll() is not None}
-        time.sleep(0.05)
+        for rank, (process, _) in enumerate(started):
+            process.join(0.05)
+            if process.exitcode is not None:
+                ended.setdefault(rank, time.monotonic())
     first = min(ended.values())
-    return [(each.returncode, each.stderr.read(), ended[i] - first) for i, each in enumerate(started)]
+    return [(process.exitcode, errors.read_text(), ended[rank] - first)
+            for rank, (process, errors) in enumerate(started)]  # fmt: skip
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

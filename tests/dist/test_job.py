@@ -1,6 +1,8 @@
 """Whole commands under torchrun: a stage on several processes is the stage on one; a lost process ends the job with a
 word about it, and the same command goes on, with another layout too."""
 
+import contextlib
+import io
 import os
 import re
 import signal
@@ -9,6 +11,8 @@ import sys
 import time
 
 import pytest
+import torch.distributed as dist
+from dist_helpers import free_port
 from lifecycle_helpers import TINY, checkpoints, losses, puna
 
 from puna.cli.main import main
@@ -29,7 +33,7 @@ def start(folder, processes, *words):
 
 def wait_for(job, stage, step):
     """Until there is a checkpoint of this step."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while step not in checkpoints(stage):
         assert job.poll() is None, job.stdout.read()
         assert time.monotonic() < deadline
@@ -45,7 +49,16 @@ def alone(tmp_path_factory):
     return folder / "runs" / "tiny"
 
 
-def test_killed_and_resumed_on_other_processes_it_follows_the_run_of_one(alone, tmp_path):
+def command(rank, folder, port, words):
+    """A command as torchrun starts it: (exit code, stderr)."""
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with (contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()),
+          contextlib.redirect_stderr(io.StringIO()) as said):  # fmt: skip
+        return main(words), said.getvalue()
+
+
+def test_killed_and_resumed_on_other_processes_it_follows_the_run_of_one(alone, pool, tmp_path):
     stage = tmp_path / "runs" / "tiny" / "pretrain"
     job = start(tmp_path, 4, *STAGE, "--parallel.ep", "2", "--parallel.cp", "2")
     wait_for(job, stage, 3)
@@ -59,9 +72,8 @@ def test_killed_and_resumed_on_other_processes_it_follows_the_run_of_one(alone, 
     wait_for(job, stage, max(checkpoints(stage)) + 3)
     os.killpg(job.pid, signal.SIGTERM)
     job.communicate(timeout=90)
-    job = start(tmp_path, 3, *STAGE)
-    said = job.communicate(timeout=180)[0]
-    assert job.returncode == 0, said
+    for code, said in pool.run(command, 3, tmp_path, free_port(), ["pretrain", "tiny.py", *STAGE]):
+        assert code == 0, said
     one, many = losses(alone / "pretrain"), losses(stage)
     assert [line["step"] for line in many] == list(range(12))
     for a, b in zip(one, many, strict=True):
@@ -75,10 +87,10 @@ def test_killed_and_resumed_on_other_processes_it_follows_the_run_of_one(alone, 
     (("--parallel.ep", "2", "--train.rows", "3", "--train.accumulate", "1"), "train.rows 3 must be a multiple of"),
     (("--parallel.cp", "2", "--data.seq_len", "64"), "parallel.cp 2: rows are cut between chunks"),
 ])  # fmt: skip
-def test_what_does_not_fit_is_told(tmp_path, words, message):
-    job = start(tmp_path, 2, *words)
-    said = job.communicate(timeout=120)[0]
-    assert job.returncode != 0 and re.search("puna: error: .*" + re.escape(message), said), said
+def test_what_does_not_fit_is_told(pool, tmp_path, words, message):
+    (tmp_path / "tiny.py").write_text(TINY, encoding="utf-8")
+    for code, said in pool.run(command, 2, tmp_path, free_port(), ["pretrain", "tiny.py", *words]):
+        assert code == 1 and re.search("^puna: error: .*" + re.escape(message), said, re.M), said
 
 
 @pytest.mark.parametrize("setting", ["tp", "ep", "pp_chunks", "dp_shard"])

@@ -4,6 +4,7 @@ finite on one process, micro-batches that hold nothing. Each against one process
 import dataclasses
 import time
 import weakref
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -51,7 +52,7 @@ def messages(rank, layout, micro):
 @pytest.mark.parametrize("layout", [dict(pp=2), dict(pp=4), dict(pp=2, pp_chunks=2)], ids=str)
 def test_messages_do_not_gather_in_memory(pool, layout):
     bound = layout["pp"] * (layout.get("pp_chunks", 1) + 1) + 1
-    found = pool.run(messages, layout["pp"], layout, 32)
+    found = pool.run(messages, layout["pp"], layout, 16)
     assert len({loss for _, loss in found}) == 1
     assert all(0 <= count <= bound for most, _ in found for count in most.values()) and found[0][0][True]
 
@@ -99,6 +100,12 @@ def run(rank, layout, changes, steps=1, accumulate=1, balancing="bias", strength
     return result, held, balancer.tensors(), balancer.measures(), not optimizer.state
 
 
+@cache
+def alone(*options, tied=False, **named):
+    """`run` on one process, once for all layouts it is compared with."""
+    return run(0, None, {"tie_embeddings": tied}, *options, **named)
+
+
 def assert_same(one, many, tolerance=1e-10):
     """Loss, weights and what the balancer keeps and measures."""
     expected, weights, tensors, measures, _ = one
@@ -119,8 +126,8 @@ def assert_same(one, many, tolerance=1e-10):
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("balancing", ["auxiliary", "bias"])
 def test_balancing_is_that_of_one_process(pool, balancing, layout, accumulate):
-    options = (3, accumulate, balancing, 0.5)
-    one, plain = run(0, None, {}, *options), run(0, None, {}, *options[:3], 0.0)
+    options = (2, accumulate, balancing, 0.5)
+    one, plain = alone(*options), alone(*options[:3], 0.0)
     name = "layers.1.moe.router.weight"
     assert (one[1][name][1] - plain[1][name][1]).norm() > 1e-6, "balancing changes the step"
     assert_same(one, pool.run(run, 2, layout, {}, *options))
@@ -129,7 +136,7 @@ def test_balancing_is_that_of_one_process(pool, balancing, layout, accumulate):
 @pytest.mark.parametrize("layout, accumulate", [({}, 1), (dict(ep=2), 1), (dict(pp=2), 2)], ids=str)
 def test_experts_choose_among_a_processs_tokens_as_among_a_micro_batchs(pool, layout, accumulate):
     """Two processes of two rows each take what one process takes of two micro-batches of two rows."""
-    one = run(0, None, {}, 2, 2, "expert_choice", 1.0)
+    one = alone(2, 2, "expert_choice", 1.0)
     assert one[2]["gates/0"][0, 2].sum() == ROWS * T and any(one[3]["untaken"])
     assert_same(one, pool.run(run, 2, layout, {}, 2, accumulate, "expert_choice", 1.0))
 
@@ -144,7 +151,7 @@ def test_experts_choose_among_parts_of_rows(pool, layout):
 
 @pytest.mark.parametrize("layout, accumulate", [({}, 1), (dict(ep=2), 1), (dict(tp=2), 1), (dict(pp=2), 2)], ids=str)
 def test_a_gradient_that_is_not_finite_on_one_process_changes_nothing_on_any(pool, layout, accumulate):
-    before = run(0, None, {}, 1, accumulate)  # a step that counts moves every weight
+    before = alone(1, accumulate)  # a step that counts moves every weight
     for result, held, _, _, empty in pool.run(run, 2, layout, {}, 1, accumulate, "bias", 0.1, None, False, True):
         assert result.skipped and result.loss == pytest.approx(before[0].loss) and result.grad_norm != result.grad_norm
         assert empty
@@ -156,7 +163,7 @@ def test_a_gradient_that_is_not_finite_on_one_process_changes_nothing_on_any(poo
 @pytest.mark.parametrize("layout, accumulate", [
     ({}, 1), (dict(ep=2), 1), (dict(tp=2), 1), (dict(cp=2), 1), (dict(pp=2), 2)], ids=str)  # fmt: skip
 def test_bfloat16_activations(pool, layout, accumulate):
-    one, exact = (run(0, None, {}, 2, accumulate, "bias", 0.0, compute) for compute in (torch.bfloat16, torch.float32))
+    one, exact = (alone(2, accumulate, "bias", 0.0, compute) for compute in (torch.bfloat16, torch.float32))
     assert one[0].loss != exact[0].loss
     for result, held, *_ in pool.run(run, 2, layout, {}, 2, accumulate, "bias", 0.0, torch.bfloat16):
         assert result.loss == pytest.approx(one[0].loss, rel=1e-2)
@@ -167,18 +174,18 @@ def test_bfloat16_activations(pool, layout, accumulate):
 
 @pytest.mark.parametrize("layout", [{}, dict(tp=2), dict(cp=2)], ids=str)
 def test_a_tied_head(pool, layout):
-    assert_same(run(0, None, dict(tie_embeddings=True), 2), pool.run(run, 2, layout, dict(tie_embeddings=True), 2))
+    assert_same(alone(2, tied=True), pool.run(run, 2, layout, dict(tie_embeddings=True), 2))
 
 
 def test_muon_in_a_pipeline(pool):
-    one = run(0, None, {}, 2, 2, muon=True)
+    one = alone(2, 2, muon=True)
     assert_same(one, pool.run(run, 2, dict(pp=2), {}, 2, 2, "bias", 0.0, None, True), 1e-4)
 
 
 @pytest.mark.parametrize("layout, accumulate", [({}, 2), (dict(tp=2), 4), (dict(pp=2), 4)], ids=str)
 def test_a_micro_batch_in_which_no_token_counts(pool, layout, accumulate):
-    options = (3, 4, "bias", 0.0, None, False, False, True)
-    assert_same(run(0, None, {}, *options), pool.run(run, 2, layout, {}, 3, accumulate, *options[2:]))
+    options = (2, 4, "bias", 0.0, None, False, False, True)
+    assert_same(alone(*options), pool.run(run, 2, layout, {}, 2, accumulate, *options[2:]))
 
 
 def slow_main(rank):
@@ -186,13 +193,13 @@ def slow_main(rank):
     mesh, seen = Mesh(Layout().resolve(dist.get_world_size())), []
     with mesh.main_first():
         if mesh.is_main:
-            time.sleep(6)
+            time.sleep(5)
     c = config("scout")
     weights = awake(c, torch.float32)
     model = build_model(c, mesh, lambda name, part: part.cut(weights[name]))
 
     def evaluate(model):
-        time.sleep(6)
+        time.sleep(5)
         seen.append(all(torch.equal(p, weights[name]) for name, p in model.named_parameters()))
         return {"x": 1.0}
 

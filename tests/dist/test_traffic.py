@@ -28,7 +28,7 @@ SENT = {
 @pytest.mark.parametrize("name", SENT)
 def test_a_step_sends_what_the_plan_says(pool, name):
     case = scaling.CASES[name]
-    results = pool.run(scaling.measure, case.world, case)
+    results = pool.run(scaling.measure, case.world, case, 1)
     table = scaling.compare(case, results)
     assert set(table) == SENT[name]
     for purpose, row in table.items():
@@ -40,7 +40,7 @@ def test_a_step_sends_what_the_plan_says(pool, name):
 def test_routes_differ_and_matter(pool):
     """With balanced routes instead of those that were measured the formula is off: what it was given counts."""
     case = scaling.CASES["ep2"]
-    results = pool.run(scaling.measure, case.world, case)
+    results = pool.run(scaling.measure, case.world, case, 1)
     balanced = communication.step(case.config, case.whole, case.schedule, scaling.PRECISIONS["float32"], scaling.T)
     assert {result["sent"]["experts"] for result in results} != {balanced["experts"].sent}
     assert [r["sent"]["experts"] for r in results] == [

@@ -26,7 +26,7 @@ from lifecycle_helpers import (
 
 from puna import load
 
-STAGES = {"pretrain": 60, "midtrain": 24, "sft": 24}  # steps of the recipe's stages
+STAGES = {"pretrain": 36, "midtrain": 24, "sft": 24}  # steps of the recipe's stages
 
 
 def test_an_undisturbed_life_learns_and_leaves_one_checkpoint_a_stage(whole):
@@ -52,14 +52,14 @@ def test_sigterm_saves_says_how_to_go_on_and_the_rest_is_bitwise_the_same(whole,
     assert process.returncode == 128 + signal.SIGTERM, err
     before = losses(stage)
     done = len(before)
-    assert 12 <= done < 60
+    assert 12 <= done < 36
     assert f"stopped by SIGTERM after step {done - 1}; the same command goes on" in err and "Traceback" not in err
     assert checkpoints(stage)[-1] == done, "the steps since the last checkpoint were thrown away"
     assert record(stage, done)["finished"] is False
-    assert (weights(stage, done)["model"] == weights(whole / "pretrain", 60)["model"]) is False
+    assert (weights(stage, done)["model"] == weights(whole / "pretrain", 36)["model"]) is False
 
-    assert "finished, step 60 of 60" in puna(tmp_path, *command)
-    assert differing(stage, whole / "pretrain", 60) == []
+    assert "finished, step 36 of 36" in puna(tmp_path, *command)
+    assert differing(stage, whole / "pretrain", 36) == []
     same_course(stage, whole / "pretrain")
     assert losses(stage)[:done] == before, "steps that were done were done again"
 
@@ -75,13 +75,13 @@ def test_sigkill_at_any_moment_costs_at_most_the_steps_since_the_last_checkpoint
         assert interrupt(process, signal.SIGKILL) is not None and process.returncode == -signal.SIGKILL
         newest = checkpoints(stage)[-1]
         print(f"killed {delay:.3f} s after a checkpoint, at step {len(losses(stage))}; newest checkpoint {newest}")
-        assert had < newest < 60 and newest % 5 == 0
+        assert had < newest < 36 and newest % 5 == 0
         assert losses(stage)[:had] == kept[:had], "steps behind a checkpoint were done again"
         assert record(stage, newest)["step"] == newest
-    assert "finished, step 60 of 60" in puna(tmp_path, *command)
-    assert differing(stage, whole / "pretrain", 60) == []
+    assert "finished, step 36 of 36" in puna(tmp_path, *command)
+    assert differing(stage, whole / "pretrain", 36) == []
     same_course(stage, whole / "pretrain")
-    assert checkpoints(stage) == [60] and not list(stage.glob(".step-*")), "a killed writer's files stayed"
+    assert checkpoints(stage) == [36] and not list(stage.glob(".step-*")), "a killed writer's files stayed"
 
 
 def test_a_killed_life_goes_on_in_the_middle_of_its_stage(whole, tmp_path):
@@ -90,7 +90,7 @@ def test_a_killed_life_goes_on_in_the_middle_of_its_stage(whole, tmp_path):
     wait_for(process, lambda: len(losses(run / "midtrain")) >= 7)
     interrupt(process, signal.SIGKILL)
     assert checkpoints(run / "midtrain")[-1] < 24 and not (run / "report.json").exists()
-    before = {p: p.stat().st_mtime_ns for p in run.glob("pretrain/step-00000060/*")}
+    before = {p: p.stat().st_mtime_ns for p in run.glob("pretrain/step-00000036/*")}
     assert len(before) == 5
 
     puna(tmp_path, *command)

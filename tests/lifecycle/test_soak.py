@@ -12,7 +12,7 @@ import time
 
 from lifecycle_helpers import checkpoints, differing, killed, losses, puna, same_course
 
-STAGES = {"pretrain": 60, "midtrain": 24, "sft": 24}
+STAGES = {"pretrain": 36, "midtrain": 24, "sft": 24}
 PARTS = (*STAGES, "convert")
 
 

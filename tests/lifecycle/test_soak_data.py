@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lifecycle_helpers import begin, puna
+from lifecycle_helpers import puna, start
 from PIL import Image
 
 from puna import nursery
@@ -111,7 +111,7 @@ class Soaked:
 
     def __init__(self, folder: Path, name: str, words: list[str], part: str):
         self.folder, self.name, self.words, self.work = folder, name, words, folder / part.format("out")
-        begun, process = time.monotonic(), begin(folder, *words)
+        begun, process = time.monotonic(), start(folder, *words)
         while not self.work.exists() and process.poll() is None:
             time.sleep(0.002)
         self.start = time.monotonic() - begun
@@ -130,7 +130,7 @@ class Soaked:
                  "kept": rand.uniform(0, 0.2)}[aim]  # fmt: skip
         patterns = KEPT if aim == "kept" else ("**/*",)
         before, worker = moments(self.work, patterns), rand.random() < 0.3
-        process = begin(self.folder, *self.words, *extra)
+        process = start(self.folder, *self.words, *extra)
         while aim != "any time" and moments(self.work, patterns) == before and process.poll() is None:
             time.sleep(0.002)
         until = time.monotonic() + delay
@@ -152,7 +152,7 @@ class Soaked:
     def compare(self) -> None:
         """The command again until its end, if it has not come to it; then every byte."""
         if not (self.folder / "out").exists() or self.work.exists():
-            puna(self.folder, *self.words)
+            puna(self.folder, *self.words, begin=start)
         assert contents(self.folder / "out") == self.right, self.name
         assert not self.work.exists()
         shutil.rmtree(self.folder / "out")

@@ -4,12 +4,10 @@ import dataclasses
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
+from dying import convert
 from parity_helpers import MAVERICK, SCOUT, SHAPES, TEXT_ONLY, strong_model, text, with_pictures
 from safetensors.torch import load_file
 
@@ -364,59 +362,18 @@ def test_fp8_folders(tmp_path):
         puna.load(folder)
 
 
-KILLED = """
-import os, signal, sys
-from concurrent.futures import Future
-import puna.convert.folder as folder
-from puna.convert.load import identity, open_model
-from puna.convert.huggingface import HuggingFaceFormat
-from puna.convert.meta import MetaFormat
-from puna.convert.puna import CheckpointFormat
-source, target, form, die = sys.argv[1:]
-folder.FLUSH_BYTES = 1
-class AtOnce:  # the journal after every parameter, not beside the next ones
-    def __init__(self, _): pass
-    def __enter__(self): return self
-    def __exit__(self, *_): pass
-    def submit(self, function, *args):
-        done = Future()
-        done.set_result(function(*args))
-        return done
-folder.ThreadPoolExecutor = AtOnce
-whole = folder.move
-left = [int(die)]
-def move(*args):
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left[0] -= 1
-    whole(*args)
-folder.move = move
-store, _ = open_model(source)
-form = {"meta": MetaFormat(None, 2), "hf": HuggingFaceFormat(None), "puna": CheckpointFormat(None)}[form]
-folder.write_folder(store, form, target, None, identity(store))
-print("moved", int(die) - left[0])
-"""
-
-
 @pytest.mark.parametrize("form", ["meta", "hf", "puna"])
 def test_a_killed_conversion_goes_on(tmp_path, form):
     """Killed twice, then finished: nothing is moved twice, and the files are those of an undisturbed conversion."""
     model = strong_model(CONFIGS["scout"])
     source = save(model, None, tmp_path / "source")
     total = len(values(model))
-
-    def run(target, die):
-        words = [sys.executable, "-c", KILLED, str(source), str(tmp_path / target), form, str(die)]
-        return subprocess.run(words, capture_output=True, text=True)
-
     for die in (17, 20):
-        assert run("target", die).returncode == -signal.SIGKILL
+        assert convert(source, tmp_path / "target", form, die) is None
         assert not (tmp_path / "target").exists() and (tmp_path / ".target.part").is_dir()
     (tmp_path / ".target.part" / ".journal.json.new").write_text("{")  # killed while it was written
-    done = run("target", 1000)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["moved", str(total - 37)]
-    assert run("undisturbed", 1000).returncode == 0
+    assert convert(source, tmp_path / "target", form, 1000) == total - 37
+    assert convert(source, tmp_path / "undisturbed", form, 1000) == total
     a, b = tmp_path / "target", tmp_path / "undisturbed"
     assert {p.name: p.read_bytes() for p in a.iterdir()} == {p.name: p.read_bytes() for p in b.iterdir()}
     assert not (tmp_path / ".target.part").exists() and same(puna.load(a)[0], model)
@@ -426,8 +383,7 @@ def test_another_source_starts_over(tmp_path):
     """What an interrupted conversion left is of no use to one from other files: it must not be mixed in."""
     first, second = (strong_model(CONFIGS["scout"], seed=seed) for seed in (1, 2))
     source = save(first, None, tmp_path / "source")
-    words = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "target"), "meta", "17"]
-    assert subprocess.run(words, capture_output=True).returncode == -signal.SIGKILL
+    assert convert(source, tmp_path / "target", "meta", 17) is None
     other = save(second, None, tmp_path / "other")
     store, _ = open_model(other)
     write_folder(store, MetaFormat(None, 2), tmp_path / "target", None, identity(store))

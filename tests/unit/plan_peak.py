@@ -1,10 +1,11 @@
 """Run as a program: the peak of resident memory that training steps or decoding add to a process, in bytes.
 
-argv[1] is JSON: {"what": "train" or "serve", "config": ModelConfig's, "dtype": of products, "rows", "seq_len",
-"micros"}.
+For each line of stdin a line of stdout. Lines are JSON: {"what": "train" or "serve", "config": ModelConfig's, "dtype":
+of products, "rows", "seq_len", "micros"}. Each is measured in a fork, so torch is imported once.
 """
 
 import json
+import os
 import sys
 
 import torch
@@ -50,8 +51,7 @@ def serve(config, dtype, rows, seq_len, micros):
     model(torch.randint(0, config.vocab_size, (rows, 1)), cache=cache.view(range(rows), 1))
 
 
-def main(asked: dict) -> int:
-    torch.set_num_threads(1)
+def measure(asked: dict) -> int:
     run = {"train": train, "serve": serve}[asked.pop("what")]
     config, dtype = asked.pop("config"), getattr(torch, asked.pop("dtype"))
     tiny = {"d_model": 64, "vocab_size": 64, "n_heads": 2, "n_kv_heads": 1, "expert_width": 64, "dense_width": 64}
@@ -61,5 +61,16 @@ def main(asked: dict) -> int:
     return status("VmHWM") - before
 
 
+def main() -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        if child := os.fork():
+            if os.waitpid(child, 0)[1]:
+                sys.exit(1)
+        else:
+            print(measure(json.loads(line)), flush=True)
+            os._exit(0)
+
+
 if __name__ == "__main__":
-    print(main(json.loads(sys.argv[1])))
+    main()

@@ -76,14 +76,13 @@ def test_a_flipped_byte_anywhere_is_found_and_the_checkpoint_before_taken(tmp_pa
         state.save(tmp_path)
         held[state.done] = state.tensors()
     newest, rand = tmp_path / "step-00000002", random.Random(0)
-    tried = 0
+    tried, fresh = 0, State(seed=1, processor=tiny_processor)
     for file in sorted(newest.iterdir()):
         good = file.read_bytes()
         header = 8 + int.from_bytes(good[:8], "little") if file.suffix == ".safetensors" else 0
         places = rand.sample(range(len(good)), 40) + ([*range(8)] + rand.sample(range(header), 40) if header else [])
         for place in places:
             flip_byte(file, place, rand.choice([1, 2, 4, 8, 16, 32, 64, 128, 255]))
-            fresh = State(seed=1, processor=tiny_processor)
             with pytest.raises(PunaError, match=f"step-0*2.*|{file.name}") as caught:
                 checkpoint.restore(newest, fresh.model, fresh.optimizer, fresh.balancer)
             assert isinstance(caught.value, CorruptCheckpoint), (file.name, place, caught.value)

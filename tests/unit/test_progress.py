@@ -20,7 +20,7 @@ import sys, time
 import puna.convert.folder as folder
 whole = folder.move
 def move(*args):
-    time.sleep(0.1)  # about the time between two pictures of the bar
+    time.sleep(PAUSE)
     whole(*args)
 folder.move = move
 from puna.cli.main import main
@@ -36,8 +36,9 @@ def model(tmp_path_factory):
     return folder, sum(p.numel() for p in model.parameters())
 
 
-def command(model, target):
-    return [sys.executable, "-c", SLOWED, "convert", str(model), str(target), "--to", "meta", "--shards", "1"]
+def command(model, target, pause=0.1):  # about the time between two pictures of the bar
+    program = SLOWED.replace("PAUSE", str(pause))
+    return [sys.executable, "-c", program, "convert", str(model), str(target), "--to", "meta", "--shards", "1"]
 
 
 def in_a_terminal(words, **streams):
@@ -101,6 +102,6 @@ def test_the_bar_is_on_stderr(model, tmp_path):
 
 def test_elsewhere_there_is_none(model, tmp_path):
     folder, parameters = model
-    done = subprocess.run(command(folder, tmp_path / "out"), capture_output=True, text=True, check=True)
+    done = subprocess.run(command(folder, tmp_path / "out", 0.02), capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert done.stdout == f"{tmp_path / 'out'}: {parameters:,} parameters, without a tokenizer\n"
