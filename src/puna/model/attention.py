@@ -27,6 +27,7 @@ from torch import Tensor
 from puna.model import ops, rope
 from puna.model.attend import attend, fused
 from puna.model.config import ModelConfig
+from puna.model.regions import region
 from puna.model.span import Span
 
 
@@ -51,7 +52,7 @@ class Layout:
     `keys` brings the keys and values that global layers see where a row's tokens are spread over several processes.
     """
 
-    rotation: Tensor  # complex [B, T, 1, d/2]
+    rotation: Tensor  # [B, T, 1, d/2, 2]
     temperature: Tensor | None  # fp32 [B, T, 1, 1]
     fold: int | None = None  # chunk length the rows are folded by
     local_span: Span | None = None
@@ -100,6 +101,13 @@ def _temperature(positions_BT: Tensor, config: ModelConfig) -> Tensor | None:
     return rope.temperature(positions_BT, config)[..., None, None] if config.temperature_tuning else None
 
 
+@region
+def rotated(qk_BTHd: Tensor, rotation: Tensor, norm_eps: float | None) -> Tensor:
+    """Local layers' queries and keys: turned, then (with an epsilon) normalised, in their own dtype."""
+    turned = rope.rotate(qk_BTHd, rotation)
+    return (turned if norm_eps is None else ops.rms_norm(turned, None, norm_eps)).to(qk_BTHd.dtype)
+
+
 class Attention(nn.Module):
     """One attention layer; `nope` layers are global, the others local."""
 
@@ -120,10 +128,8 @@ class Attention(nn.Module):
             if layout.temperature is not None:
                 q = (q * layout.temperature).to(x_BTD.dtype)
         else:
-            qk = rope.rotate(qk, layout.rotation)
-            if c.qk_norm:
-                qk = ops.rms_norm(qk, None, c.norm_eps)
-            q, k = qk.to(x_BTD.dtype).split([c.n_heads, c.n_kv_heads], dim=2)
+            turned = rotated(qk, layout.rotation, c.norm_eps if c.qk_norm else None)
+            q, k = turned.split([c.n_heads, c.n_kv_heads], dim=2)
         if cache is not None:
             out_BTHd = self._cached(q, k, v, cache)
         elif self.nope:

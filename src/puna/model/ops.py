@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puna.model.regions import region
 from puna.model.weights import Weight
 
 
@@ -36,6 +37,7 @@ def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None) -> Te
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+@region
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, returned in x's dtype."""
     x32 = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -45,6 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x32.to(x.dtype)
 
 
+@region
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, with gate and up the two halves of the last dimension."""
     gate, up = gate_up.chunk(2, dim=-1)

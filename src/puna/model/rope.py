@@ -43,16 +43,23 @@ def frequencies(config: ModelConfig, device=None) -> Tensor:
 
 
 def rotation(positions_BT: Tensor, freqs: Tensor) -> Tensor:
-    """exp(i * position * frequency): complex64 [B, T, 1, d/2], ready to broadcast over heads."""
-    angle = positions_BT.float()[..., None] * freqs
-    return torch.polar(torch.ones_like(angle), angle)[:, :, None]
+    """exp(i * position * frequency) as (real, imaginary): fp32 [B, T, 1, d/2, 2], ready to broadcast over heads."""
+    return _unit(positions_BT.float()[..., None] * freqs)[:, :, None]
 
 
-def rotate(x_BTHd: Tensor, rotation_BT1c: Tensor) -> Tensor:
+def _unit(angle: Tensor) -> Tensor:
+    return torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
+
+
+def rotate(x_BTHd: Tensor, rotation_BT1c2: Tensor) -> Tensor:
     """Turns the interleaved pairs of every head; computed and returned in fp32 (fp64 for fp64 input)."""
     wide = x_BTHd if x_BTHd.dtype == torch.float64 else x_BTHd.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * rotation_BT1c).flatten(-2)
+    pairs = wide.unflatten(-1, (-1, 2)).contiguous()
+    if not torch.compiler.is_compiling():
+        turned = torch.view_as_complex(pairs) * torch.view_as_complex(rotation_BT1c2)
+        return torch.view_as_real(turned).flatten(-2)
+    (a, b), (cos, sin) = pairs.unbind(-1), rotation_BT1c2.unbind(-1)  # the compiler knows no complex numbers
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
 def temperature(positions_BT: Tensor, config: ModelConfig) -> Tensor:
@@ -62,7 +69,7 @@ def temperature(positions_BT: Tensor, config: ModelConfig) -> Tensor:
 
 
 def rotation_2d(grid: int, head_dim: int, theta: float, device=None) -> Tensor:
-    """The vision tower's positions: complex64 [1, grid^2 + 1, 1, head_dim / 2], the class token (no turn) last.
+    """The vision tower's positions: fp32 [1, grid^2 + 1, 1, head_dim / 2, 2], the class token (no turn) last.
 
     The first half of the pairs turns by (column + 1), the second by (row + 1) (llama4-facts.md §3.1).
     """
@@ -71,4 +78,4 @@ def rotation_2d(grid: int, head_dim: int, theta: float, device=None) -> Tensor:
     column, row = (place % grid + 1).float(), (place // grid + 1).float()
     angle = torch.cat([column[:, None] * freqs, row[:, None] * freqs], dim=-1)
     angle = torch.cat([angle, torch.zeros_like(angle[:1])])
-    return torch.polar(torch.ones_like(angle), angle)[None, :, None]
+    return _unit(angle)[None, :, None]

@@ -27,13 +27,13 @@ are multiples of 16, zeros between (`align`), computed on the device. On the CPU
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puna.errors import PunaError
+from puna.model.regions import compiled
 from puna.model.weights import get, matching
 from puna.precision import fp8
 
@@ -131,14 +131,9 @@ def _check_device(recipe: str, device: torch.device, dtype: torch.dtype) -> None
         raise PunaError(f"train.fp8 {recipe} gives bfloat16 on a GPU: set train.compute_dtype bfloat16, not {dtype}")
 
 
-@cache
-def _compiled(function):
-    return torch.compile(function, dynamic=True)
-
-
 def _quantize(x: Tensor, dim, dtype: torch.dtype = fp8.E4M3) -> tuple[Tensor, Tensor]:
     """`fp8.quantize`; on a GPU compiled into two passes over x, otherwise it would cost what the product saves."""
-    function = _compiled(fp8.quantize) if x.is_cuda else fp8.quantize
+    function = compiled(fp8.quantize) if x.is_cuda else fp8.quantize
     q, scale = function(x, dim, dtype, SMALLEST)
     return q.contiguous(), scale
 
@@ -241,7 +236,7 @@ def grouped_outer(x_TD: Tensor, dy_TF: Tensor, counts_E: Tensor, recipe: str) ->
     if not len(x_TD):
         return x_TD.new_zeros(E, D, F_)
     place_T, ends_E, expert_b = align(counts_E, len(x_TD))
-    columns = _compiled(_columns) if x_TD.is_cuda else _columns
+    columns = compiled(_columns) if x_TD.is_cuda else _columns
     qx_DP, scale_ED = columns(x_TD, place_T, expert_b, E, recipe == "tensorwise")
     qy_FP, scale_EF = columns(dy_TF, place_T, expert_b, E, recipe == "tensorwise")
     if x_TD.is_cuda:

@@ -41,6 +41,7 @@ class TrainConfig:
     max_skips: int = 5  # consecutive non-finite steps before the run stops
     recompute: int = 0  # every n-th block's activations are computed again in the backward, to save memory; 0: none
     compute_dtype: str = "auto"  # of activations: auto | bfloat16 | float32
+    compile: str = "auto"  # regions of small operations (model/regions.py): auto (on a GPU) | on | off
     fp8: str = "off"  # large products in FP8: off | rowwise | tensorwise | mxfp8 (precision/fp8_training.py)
     threads: int = 0  # 0: all cores
     heap_mb: int = 0  # MiB of heap mapped before the first step (train/memory.py); about what a step needs
@@ -77,6 +78,8 @@ class TrainConfig:
             raise PunaError(f"train.balance must be 0 (none) or more, not {self.balance}")
         if self.compute_dtype not in ("auto", "bfloat16", "float32"):
             raise PunaError(f"train.compute_dtype must be auto, bfloat16 or float32, got {self.compute_dtype!r}")
+        if self.compile not in ("auto", "on", "off"):
+            raise PunaError(f"train.compile must be auto, on or off, got {self.compile!r}")
         if self.fp8 not in ("off", *RECIPES):
             raise PunaError(f"train.fp8 must be off, {', '.join(RECIPES)}, got {self.fp8!r}")
 

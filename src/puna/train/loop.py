@@ -24,6 +24,7 @@ import torch
 from puna.data import Batch
 from puna.errors import PunaError
 from puna.model import Llama4
+from puna.model.regions import compiling
 from puna.optim import OPTIMIZERS
 from puna.optim.adamw import set_lr
 from puna.optim.schedule import anneal, wsd
@@ -142,7 +143,8 @@ def train(job: Job) -> Llama4:
     metrics = MetricsFile(job.folder / "metrics.jsonl", done, followers) if main else NoMetrics()
     display = Display(job.name, config.steps, done, job.quiet or not main)
     try:
-        with _signals() as received, _saver(job) as saver:
+        place = next(model.parameters()).device.type
+        with _signals() as received, compiling(config.compile, place), _saver(job) as saver:
             _steps(job, optimizer, balancer, saver, done, metrics, display, received)
     finally:
         metrics.close()
