@@ -35,7 +35,7 @@ def site(browser):
             context = browser.new_context(**{"viewport": {"width": 1100, "height": 800}, **options})
             stack.callback(context.close)
             page = context.new_page()
-            page.set_default_timeout(10_000)
+            page.set_default_timeout(30_000)
             page.complaints = complaints
             page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
             page.on("pageerror", lambda error: complaints.append(str(error)))
