@@ -2,9 +2,10 @@
 
 import base64
 import io
+import time
 
 from PIL import Image
-from server_fakes import until
+from server_fakes import FakeEngine, FakeEvent, until
 
 SCENE = Image.new("RGB", (400, 200), (210, 225, 230))
 SCENE.paste((200, 40, 40), (100, 50, 200, 150))
@@ -68,3 +69,21 @@ TRANSFER = """(type, data, name, kind) => {
 def transfer(page, way, data, name="a.png", kind="image/png"):
     """Paste or drop a file; returns whether the page said that it may be dropped here."""
     return page.evaluate(f"(a) => ({TRANSFER})(...a)", [way, base64.b64encode(data).decode(), name, kind])
+
+
+class Torrent(FakeEngine):
+    """Answers with `script(messages)` to the end, `letters` a token, `pause` seconds apart."""
+
+    def __init__(self, script, letters=5, pause=0.0):
+        super().__init__(script, pause, context=10**9)
+        self.letters = letters
+
+    def _make(self, handle, answer, sampling):
+        for number, at in enumerate(range(0, len(answer), self.letters)):
+            if handle.aborted.is_set():
+                break
+            if self.pause:
+                time.sleep(self.pause)
+            handle.events.put(FakeEvent(answer[at : at + self.letters], number))
+        handle.events.put(FakeEvent("", None, "stop"))
+        handle.events.put(None)

@@ -71,6 +71,7 @@ function opened(chat) {
 
 function titled(chat) {
   document.title = [chat.title, served.id, "puna"].filter(Boolean).join(" · ");
+  $("heading").textContent = chat.title || "New chat";
 }
 
 const handlers = {

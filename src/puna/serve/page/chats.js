@@ -57,7 +57,7 @@ export async function keep(chat) {
   try {
     await store.save(chat);
     chat.unsaved = false;
-    tabs?.postMessage(chat.id);
+    if (!chat.running) tabs?.postMessage(chat.id);
   } catch (error) {
     chat.unsaved = true;
     live.set(chat.id, chat);

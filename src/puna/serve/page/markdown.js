@@ -12,11 +12,11 @@
 //   paragraph is cut at a space. So a step costs O(CUT), whatever was said before, and an answer of n tokens O(n).
 // * Between two steps, nodes whose tokens are unchanged stay (`sync`): a selection, a focused chip, a hover survive.
 
-import { placeAt } from "./grounding.js";
+import { placeAt, settled } from "./grounding.js";
 import { copyButton, make } from "./dom.js";
 import { Marked } from "./vendor/marked.esm.js";
 
-const CUT = 3000; // characters
+const CUT = 2000; // characters
 const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0" };
 const SAFE = /^(?:https?:\/\/|mailto:)/i;
 const MATH = /^(?:\$\$[^$]+\$\$|\\\([^\n]+?\\\)|\\\[[\s\S]+?\\\]|\$(?! )[^$\n]{1,200}?(?<! )\$(?!\d))/;
@@ -100,7 +100,7 @@ function kids(token) {
   if (token.type === "list") return token.items;
   if (token.type === "row") return token.cells;
   if (token.type === "link" && !SAFE.test(token.href)) return undefined; // stays as it was written
-  return BRANCHES[token.type] && token.tokens?.filter(shown);
+  return BRANCHES[token.type] && token.tokens?.filter(shown).map(prepared);
 }
 
 function build(token) {
@@ -231,8 +231,9 @@ export class Flow {
     this.text = text;
     try {
       if (!this.plain) return this.read();
-    } catch {
-      // nested so deeply that the reader ran out of stack: from here on, plain text
+    } catch (error) {
+      // nested so deeply that the reader ran out of stack, or a fault of ours: from here on, plain text
+      if (!(error instanceof RangeError)) console.error(error);
       while (this.root.childNodes.length > this.root.kept) this.root.lastChild.remove();
       this.plain = this.root.appendChild(make("p", "said", " ")).firstChild;
     }
@@ -310,7 +311,8 @@ export class Flow {
   /** Cut a long paragraph at a line's or a word's end. */
   part(raw) {
     const head = raw.slice(0, raw.length - CUT / 2);
-    const cut = Math.max(head.lastIndexOf("\n"), head.lastIndexOf(" "), head.length > 4 * CUT ? head.length : 0);
+    const end = Math.max(head.lastIndexOf("\n"), head.lastIndexOf(" "), head.length > 4 * CUT ? head.length : 0);
+    const cut = settled(head.slice(0, end)).length; // not inside a place
     if (cut < CUT / 2) return false;
     const blocks = marked.lexer(head.slice(0, cut)).map(prepared).filter(shown);
     sync(this.root, this.open, blocks);

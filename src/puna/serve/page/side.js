@@ -34,6 +34,7 @@ export function setup() {
   toggle(!narrow.matches && stored("puna-side") !== "closed", false);
 }
 
+const newestFirst = () => [...chats.heads.values()].sort((a, b) => b.changed - a.changed);
 const close = () => $("menu").hidePopover();
 const isOpen = () => !document.body.classList.contains("alone");
 
@@ -54,9 +55,7 @@ export const chosen = () => narrow.matches && isOpen() && toggle(false, false);
 
 export function list() {
   const words = $("search").value.trim().toLowerCase();
-  const shown = [...chats.heads.values()]
-    .filter((head) => !words || head.title.toLowerCase().includes(words))
-    .sort((a, b) => b.changed - a.changed);
+  const shown = newestFirst().filter((head) => !words || head.title.toLowerCase().includes(words));
   const midnight = new Date().setHours(0, 0, 0, 0);
   const groups = new Map();
   for (const head of shown) {
@@ -154,7 +153,7 @@ async function exportOne(id) {
 
 async function exportAll() {
   const all = [];
-  for (const id of chats.heads.keys()) all.push(await chats.find(id));
+  for (const { id } of newestFirst()) all.push(await chats.find(id));
   download(pack(all.filter(Boolean)), `puna-chats-${new Date().toISOString().slice(0, 10)}.json`);
   say(`Exported ${all.length} conversations`);
 }
