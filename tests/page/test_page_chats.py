@@ -242,7 +242,7 @@ def test_a_full_disk_is_told_and_loses_nothing(site):
     page = site(engine)
     ask(page, "first")
     done(page)
-    until(lambda: len(kept(page)["bodies"][0]["turns"]) == 2 and "failed" not in kept(page)["bodies"][0]["turns"][1])
+    until(lambda: [turn.get("failed") for turn in kept(page)["bodies"][0]["turns"]] == [None, None])
     page.evaluate("""() => {
         window.put = IDBObjectStore.prototype.put;
         IDBObjectStore.prototype.put = () => { throw new DOMException("full", "QuotaExceededError") };

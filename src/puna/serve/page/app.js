@@ -216,9 +216,9 @@ async function meet() {
   }
   if (served.id) {
     const { id, parameters, active_parameters, checkpoint, context, pictures } = served;
-    const size = parameters ? `${short(parameters)} parameters, ${short(active_parameters)} active` : "";
+    const size = parameters ? [short(parameters), make("span", "wordy", " parameters"), `, ${short(active_parameters)} active`] : [];
     $("model-name").textContent = id;
-    $("model-size").textContent = size;
+    $("model-size").replaceChildren(...size);
     $("model-hash").textContent = checkpoint.slice(0, 12);
     $("prompt").placeholder = `Message ${id}`;
     const hash = make("code", "", checkpoint || "not told");

@@ -7,6 +7,7 @@ import { draw, figure } from "./marks.js";
 import { Flow } from "./markdown.js";
 
 const SHARE = 4; // between two redraws passes four times what the last one took: at most a fifth of the time goes there
+const LONGEST = 400; // milliseconds; a slow machine shows something at least that often
 let answers = 0;
 
 /** actions: {edit(turn)}. */
@@ -67,6 +68,7 @@ export function answerView(turn, actions) {
       if (waiting) return void (view.behind = true);
       waiting = requestAnimationFrame(() => {
         const begun = performance.now();
+        if (!turn.running) return void (waiting = 0); // it ended meanwhile, and `state` has shown all of it
         view.show();
         meta.replaceChildren(facts(turn));
         after?.();
@@ -77,7 +79,7 @@ export function answerView(turn, actions) {
             waiting = 0;
             view.behind = false;
             if (behind && turn.running) view.more(after);
-          }, spent * SHARE);
+          }, Math.min(spent * SHARE, LONGEST));
         });
       });
     },
