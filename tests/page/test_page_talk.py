@@ -25,9 +25,8 @@ def test_text_appears_as_it_is_made(site):
     page = site(FakeEngine(lambda m: COUNT, pause=0.1))
     ask(page, "Count")
     seen = set()
-    until(
-        lambda: seen.add(answer(page)) or answer(page).endswith("twenty") if page.query_selector(".assistant") else False
-    )
+    page.wait_for_selector(".assistant")
+    until(lambda: seen.add(answer(page)) or answer(page).endswith("twenty"))
     growing = sorted(text for text in seen if text)
     assert len(growing) >= 3, "the text came all at once"
     assert all(COUNT.startswith(text) for text in growing)

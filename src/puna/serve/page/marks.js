@@ -91,16 +91,19 @@ function dot({ x1, y1, label }) {
   return element;
 }
 
-/** The place's name at its upper left corner; in the right half at its right side, so that it stays on the picture. */
-function tag({ x1, y1, x2, label }) {
+/** The place's name over its upper left corner; at its right side in the right half, under it at the top, so that it
+ *  stays on the picture. */
+function tag({ x1, y1, x2, y2, label }) {
   const element = make("span", "tag", label);
   const leftward = x1 > 500;
   element.hidden = label === "";
   element.classList.toggle("left", leftward);
-  element.classList.toggle("inside", y1 < 100);
+  const [high, low] = [y1 < 100, y2 > 900];
+  element.classList.toggle("under", high && !low);
+  element.classList.toggle("inside", high && low);
   element.style.left = share(leftward ? x2 : x1);
   element.style.maxWidth = share(leftward ? x2 : 999 - x1);
-  element.style.top = share(y1);
+  element.style.top = share(high && !low ? y2 : y1);
   return element;
 }
 
