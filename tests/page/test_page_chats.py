@@ -238,7 +238,7 @@ def test_a_wrong_file_changes_nothing(site):
 
 
 def test_a_full_disk_is_told_and_loses_nothing(site):
-    engine = FakeEngine(lambda m: f"answer {len(m)} " * 40)
+    engine = FakeEngine(lambda m: f"answer {len(m)} " * 40, context=100_000)
     page = site(engine)
     ask(page, "first")
     done(page)

@@ -154,7 +154,7 @@ def test_hostile_boxes_draw_nothing(site):
 
 def test_ten_thousand_boxes_are_harmless(site):
     many = "".join(f'<box label="b{i}">{i % 900},{i % 800},{i % 900 + 9},{i % 800 + 9}</box> ' for i in range(10_000))
-    page = site(Torrent(lambda m: many, letters=400))
+    page = site(Torrent(lambda m: many, letters=4000))
     attach(page)
     begun = time.monotonic()
     ask(page, "Where?")

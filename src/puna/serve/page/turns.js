@@ -15,6 +15,7 @@ export function userView(turn, actions) {
   const node = make("article", "turn user");
   node.setAttribute("aria-label", "You");
   const figures = turn.pictures.map((picture, i) => figure(picture, i + 1, turn.pictures.length));
+  node.append(make("h2", "unseen", "You")); // screen readers go from turn to turn by headings
   if (figures.length) node.append(make("div", "figures", ...figures));
   if (turn.text) node.append(make("div", "text said", turn.text));
   const tools = make("div", "meta", iconButton("edit", "Edit this message", () => actions.edit(turn)));
@@ -33,7 +34,7 @@ export function answerView(turn, actions) {
   face.alt = "";
   const text = make("div", "text rich");
   const meta = make("div", "meta");
-  const body = make("div", "body", text, meta);
+  const body = make("div", "body", make("h2", "unseen", "Answer"), text, meta);
   node.append(face, body);
   const flow = new Flow(text);
   let [chips, own, waiting] = [0, null, 0]; // places found; the picture shown again here; the frame asked for
