@@ -250,8 +250,8 @@ def test_a_full_disk_is_told_and_loses_nothing(site):
     attach(page)
     ask(page, "second")
     done(page, 2)
-    page.wait_for_selector("#notice:not([hidden])")
-    assert "storage is full" in page.inner_text("#notice") and page.locator(".unsaved").count() == 1
+    wait(page, "document.querySelector('#notice').textContent.includes('storage is full')")
+    wait(page, "document.querySelectorAll('.unsaved').length === 1")
     page.click("#new-button")
     page.click("#list .open >> nth=0")  # still there, whole, though the disk has only the first half
     done(page, 2)
@@ -262,7 +262,7 @@ def test_a_full_disk_is_told_and_loses_nothing(site):
     ask(page, "third")
     done(page, 3)
     wait(page, "!document.querySelector('.unsaved')")
-    assert len(kept(page)["bodies"][0]["turns"]) == 6 and len(kept(page)["pictures"]) == 1
+    until(lambda: len(kept(page)["bodies"][0]["turns"]) == 6 and len(kept(page)["pictures"]) == 1)
 
 
 def test_without_storage_the_page_works_and_says_so(site):

@@ -75,8 +75,8 @@ export function list() {
 
 function entry(head) {
   const open = button("open", head.title || "Untitled", async () => {
-    if (!(await chats.open(head.id))) toast("This conversation is gone; another tab may have deleted it");
     chosen();
+    if (!(await chats.open(head.id))) toast("This conversation is gone; another tab may have deleted it");
   });
   open.title = head.title;
   if (head.id === chats.current.id) open.setAttribute("aria-current", "true");
