@@ -22,7 +22,7 @@ def browser():
 
 @pytest.fixture
 def site(browser):
-    """site(engine, **context options) -> a page at the chat of a fresh server."""
+    """site(engine, before=SCRIPT, **context options) -> a page at the chat of a fresh server, `before` run first."""
     from contextlib import ExitStack
 
     from server_fakes import FakeEngine, make_app, running, until
@@ -30,15 +30,17 @@ def site(browser):
     complaints = []
     with ExitStack() as stack:
 
-        def start(engine=None, app_options=None, **options):
+        def start(engine=None, app_options=None, before=None, **options):
             url = stack.enter_context(running(make_app(engine or FakeEngine(), **(app_options or {}))))
             context = browser.new_context(**{"viewport": {"width": 1100, "height": 800}, **options})
             stack.callback(context.close)
             page = context.new_page()
-            page.set_default_timeout(10_000)
+            page.set_default_timeout(30_000)
             page.complaints = complaints
             page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
             page.on("pageerror", lambda error: complaints.append(str(error)))
+            if before:
+                page.add_init_script(before)
             page.goto(url)
             until(lambda: page.inner_text("#model-name") != "…")
             return page

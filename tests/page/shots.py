@@ -2,7 +2,7 @@
 
     puna serve runs/first --port 8000 &
     python tests/page/shots.py http://127.0.0.1:8000 --out docs/pictures
-        page-empty.png  page-streaming.png  page-boxes.png  page-phone.png  page-dark.png
+        page-empty.png  page-streaming.png  page-boxes.png  page-settings.png  page-phone.png  page-dark.png
 
 The picture shown and the question come from the grounding task (a composed scene of the test split), or from
 --picture and --question. Answers come at the model's own pace, except in page-streaming.png: there a pause is put
@@ -83,12 +83,17 @@ class Shots:
             page.wait_for_selector(".streaming", state="detached", timeout=120_000)
 
     def all(self) -> None:
-        self.save(self.page(), "empty")
         page = self.page()
+        self.save(page, "empty")
+        for text in (self.first, self.text):  # so that the list holds something
+            self.ask(page, text)
+            page.click("#new-button")
         self.ask(page, self.question, picture=True)
         if page.locator("rect.box").count() == 0:
             print(f"note: the answer to {self.question!r} holds no box; another --item may", file=sys.stderr)
         self.save(page, "boxes")
+        page.click("#settings-button")
+        self.save(page, "settings")
         page = self.page(height=560, pause=300)
         self.ask(page, self.first)
         self.ask(page, self.text, wait=False)

@@ -7,7 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puna.errors import PunaError
-from puna.processor.grounding import Box, format_box, iou, parse_boxes, to_normalised, to_pixels
+from puna.processor.grounding import (
+    Box,
+    Point,
+    format_box,
+    format_point,
+    iou,
+    parse_boxes,
+    parse_points,
+    to_normalised,
+    to_pixels,
+)  # fmt: skip
 
 SPANS = st.lists(st.integers(0, 999), min_size=2, max_size=2, unique=True).map(sorted)
 
@@ -97,3 +107,17 @@ def test_normalising_scales_cuts_and_never_gives_an_empty_box():
     for outside in ((70, 0, 80, 10), (5, 5, 5, 9), (9, 0, 3, 9), (math.nan, 0, 1, 1)):
         with pytest.raises(PunaError, match="outside the picture"):
             to_normalised(outside, 64, 64)
+
+
+@given(st.text(), st.integers(0, 999), st.integers(0, 999))
+def test_any_point_round_trips_and_is_no_box(label, x, y):
+    text = f"There: {format_point(label, x, y)}!"
+    assert parse_points(text) == [Point(label, x, y)] and parse_boxes(text) == []
+
+
+@pytest.mark.parametrize("inside", ["1", "1,2,3", "1000,5", "-1,5", "NaN,5", "1.5,2", "", "1,2,3,4"])
+def test_bad_points_are_dropped_and_never_written(inside):
+    assert parse_points(f'<point label="a">{inside}</point>') == []
+    for x, y in ((1000, 5), (-1, 5), (math.nan, 5), (1.5, 2)):
+        with pytest.raises(PunaError, match="not a point"):
+            format_point("a", x, y)

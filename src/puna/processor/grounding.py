@@ -1,9 +1,10 @@
-"""Boxes in text: ``<box label="cat">102,40,377,512</box>``.
+"""Boxes and points in text: ``<box label="cat">102,40,377,512</box>``, ``<point label="eye">200,96</point>``.
 
-A model that can point needs a written form for a rectangle. Ours: whole numbers from 0 to 999, left, top, right,
-bottom, as shares of the *original* picture (0 is the left or top edge, 999 the right or bottom one), whatever tiling
-the picture went through. Whole numbers keep it at one to three digits a side; the label says what was found. This
-module is the only writer and the only reader of that form: tasks, evaluation, server and page all use it.
+A model that can point needs a written form for a rectangle, and for a place without a size. Ours: whole numbers from
+0 to 999, left, top, right, bottom, as shares of the *original* picture (0 is the left or top edge, 999 the right or
+bottom one), whatever tiling the picture went through. Whole numbers keep it at one to three digits a side; the label
+says what was found. This module is the form's only writer and reader in Python; the page's grounding.js reads the same
+grammar, and a test compares the two.
 
 Llama 4's own training format is not published (llama4-facts.md §3.5); this one is ours.
 """
@@ -12,14 +13,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from puna.errors import PunaError
 
 SCALE = 999
 _BOX = re.compile(r'<box label="([^"<>]*)">([^<>]{1,64})</box>')
-_NUMBERS = re.compile(r"\s*([0-9]{1,3})\s*,\s*([0-9]{1,3})\s*,\s*([0-9]{1,3})\s*,\s*([0-9]{1,3})\s*")
+_POINT = re.compile(r'<point label="([^"<>]*)">([^<>]{1,64})</point>')
+_SIDE = r"\s*([0-9]{1,3})\s*"
 _ESCAPES = (("&", "&amp;"), ('"', "&quot;"), ("<", "&lt;"), (">", "&gt;"))  # "&" first here, last when undone
 
 
@@ -39,28 +41,55 @@ class Box:
         return (self.x1, self.y1, self.x2, self.y2)
 
 
+@dataclass(frozen=True)
+class Point:
+    """A labelled place, x and y in 0..999 of the original picture."""
+
+    label: str
+    x: int
+    y: int
+
+
 def format_box(label: str, box: Sequence[int]) -> str:
     """The text of one box; `box` = (x1, y1, x2, y2) in 0..999. Raises `PunaError` for a box that `parse_boxes` would
     drop."""
     if len(box) != 4 or any(int(side) != side for side in box if math.isfinite(side)) or not _valid(box):
         raise PunaError(f"not a box of whole numbers 0..{SCALE} with x1 < x2 and y1 < y2: {tuple(box)}")
-    for plain, escaped in _ESCAPES:
-        label = label.replace(plain, escaped)
-    return f'<box label="{label}">{",".join(str(int(side)) for side in box)}</box>'
+    return f'<box label="{_escaped(label)}">{",".join(str(int(side)) for side in box)}</box>'
+
+
+def format_point(label: str, x: int, y: int) -> str:
+    """The text of one point. Raises `PunaError` for one that `parse_points` would drop."""
+    if any(not math.isfinite(side) or int(side) != side or not 0 <= side <= SCALE for side in (x, y)):
+        raise PunaError(f"not a point of whole numbers 0..{SCALE}: {(x, y)}")
+    return f'<point label="{_escaped(label)}">{int(x)},{int(y)}</point>'
 
 
 def parse_boxes(text: str) -> list[Box]:
     """All valid boxes in a model's answer, in order. Malformed, empty, swapped or outlying ones are dropped."""
-    boxes = []
-    for match in _BOX.finditer(text):
-        numbers = _NUMBERS.fullmatch(match[2])
-        sides = tuple(map(int, numbers.groups())) if numbers else ()
-        if len(sides) == 4 and _valid(sides):
+    return [Box(label, *sides) for label, sides in _found(_BOX, text, 4) if _valid(sides)]
+
+
+def parse_points(text: str) -> list[Point]:
+    """All valid points in a model's answer, in order. Malformed or outlying ones are dropped."""
+    return [Point(label, *sides) for label, sides in _found(_POINT, text, 2)]
+
+
+def _found(form: re.Pattern, text: str, count: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(label, numbers) of each match that holds `count` numbers."""
+    for match in form.finditer(text):
+        numbers = re.fullmatch(",".join([_SIDE] * count), match[2])
+        if numbers:
             label = match[1]
             for plain, escaped in reversed(_ESCAPES):
                 label = label.replace(escaped, plain)
-            boxes.append(Box(label, *sides))
-    return boxes
+            yield label, tuple(map(int, numbers.groups()))
+
+
+def _escaped(label: str) -> str:
+    for plain, escaped in _ESCAPES:
+        label = label.replace(plain, escaped)
+    return label
 
 
 def iou(a: Box | Sequence[float], b: Box | Sequence[float]) -> float:

@@ -41,7 +41,11 @@ from puna.serve.stream import Completion, EventStream, Piece, gone
 
 log = logging.getLogger("puna.serve")
 PAGE = Path(__file__).parent / "page"
-SHOWN_LIMITS = ("pictures", "picture_bytes", "picture_pixels", "answer_tokens")  # what the page heeds beforehand
+# what the page heeds beforehand, and the fields of a request that its settings may set
+SHOWN_LIMITS = ("pictures", "picture_bytes", "picture_pixels", "text_chars", "answer_tokens")
+SHOWN_SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "frequency_penalty", "presence_penalty", "repetition_penalty",
+)  # fmt: skip
 DEFAULT_TOKENS = 512  # max_tokens of a request that names none
 
 
@@ -180,6 +184,7 @@ def _described(card: Card, started: int, limits: Limits) -> dict:
         "checkpoint": card.checkpoint, "parameters": card.parameters, "active_parameters": card.active_parameters,
         "context": card.context, "pictures": card.pictures,
         "limits": {name: getattr(limits, name) for name in SHOWN_LIMITS},
+        "sampling": [name for name in SHOWN_SAMPLING if name in ChatRequest.model_fields],
     }  # fmt: skip
 
 

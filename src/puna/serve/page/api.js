@@ -1,22 +1,40 @@
-// The page's only connection: this server's own OpenAI-compatible API.
+// The page's only connection: this server's own OpenAI-compatible API. Where the server wants a key, it is asked for once
+// and kept for this tab.
 
-/** GET /v1/models -> the model served: {id, parameters, active_parameters, checkpoint, context, pictures, limits}. */
+import { stored } from "./dom.js";
+
+/** A refusal for want of a key. */
+export class Locked extends Error {}
+
+export const setKey = (key) => stored("puna-key", key || null, "sessionStorage");
+
+function headers(more = {}) {
+  const key = stored("puna-key", undefined, "sessionStorage");
+  return key ? { ...more, authorization: `Bearer ${key}` } : more;
+}
+
+/** GET /v1/models -> {id, parameters, active_parameters, checkpoint, context, pictures, limits, sampling}. */
 export async function model() {
-  const response = await fetch("/v1/models");
-  if (!response.ok) throw new Error(await failure(response));
+  let response;
+  try {
+    response = await fetch("/v1/models", { headers: headers() });
+  } catch {
+    throw new Error("The server can't be reached.");
+  }
+  if (!response.ok) throw await failure(response);
   return (await response.json()).data[0];
 }
 
 /**
- * POST /v1/chat/completions, streamed. Yields {text}, {boxes}, {finish} and {usage} as they arrive; throws an Error with
- * a message fit for the user when the server refuses or fails, and an AbortError after signal is aborted.
+ * POST /v1/chat/completions, streamed. Yields {text}, {finish} and {usage} as they arrive; throws an Error with a message
+ * fit for the user when the server refuses or fails, and an AbortError after signal is aborted.
  */
 export async function* chat(request, signal) {
   let response;
   try {
     response = await fetch("/v1/chat/completions", {
       method: "POST",
-      headers: { "content-type": "application/json" },
+      headers: headers({ "content-type": "application/json" }),
       body: JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } }),
       signal,
     });
@@ -24,13 +42,12 @@ export async function* chat(request, signal) {
     if (error.name === "AbortError") throw error;
     throw new Error("The server can't be reached.");
   }
-  if (!response.ok) throw new Error(await failure(response));
+  if (!response.ok) throw await failure(response);
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new Error(sentence(chunk.error.message));
     const choice = chunk.choices?.[0];
-    if (choice?.delta?.boxes) yield { boxes: choice.delta.boxes };
     if (choice?.delta?.content) yield { text: choice.delta.content };
     if (choice?.finish_reason) yield { finish: choice.finish_reason };
     if (chunk.usage) yield { usage: chunk.usage };
@@ -58,11 +75,13 @@ async function* events(body) {
 }
 
 async function failure(response) {
+  let message = `The server answered with status ${response.status}.`;
   try {
-    return sentence((await response.json()).error.message);
+    message = sentence((await response.json()).error.message);
   } catch {
-    return `The server answered with status ${response.status}.`;
+    // not our server's shape (a proxy's page, say): the status has to do
   }
+  return response.status === 401 ? new Locked(message) : new Error(message);
 }
 
 function sentence(message) {
