@@ -132,7 +132,7 @@ def test_pages_may_lie_anywhere(model, pages):
 
 @torch.inference_mode()
 def test_shared_pages_are_read_by_all_and_once(model, monkeypatch):
-    """Three answers behind the same two chunks, whose pages they share: each as if alone; each page in one product."""
+    """Three answers behind the same two chunks, whose pages they share: each as if alone; a page is in one product."""
     begin, ends = tokens_of(2 * C), [tokens_of(4 + i, seed=i) for i in range(3)]
     cache, first = cache_of(model, 3), Place(0, [0, 1, 2])
     feed(model, cache, first, begin)
@@ -153,12 +153,13 @@ def test_shared_pages_are_read_by_all_and_once(model, monkeypatch):
 def test_a_long_past_comes_in_pieces(model, monkeypatch):
     monkeypatch.setattr(cache_module, "PIECE", 2 * C)
     tokens = tokens_of(7 * C)
-    torch.testing.assert_close(feed(model, cache_of(model), Place(), tokens), logprobs(model, tokens), atol=5e-5, rtol=0)
+    got = feed(model, cache_of(model), Place(), tokens)
+    torch.testing.assert_close(got, logprobs(model, tokens), atol=5e-5, rtol=0)
 
 
 @torch.inference_mode()
 def test_padding_on_the_right_is_harmless(model):
-    """Slices of different lengths in one pass, from the start and from different places; rows that are no neighbours."""
+    """Slices of different lengths in one pass, from the start and from different places; rows far apart."""
     a, b = tokens_of(C + 9, seed=3), tokens_of(C + 9, seed=4)
     cache, at_a, at_b = cache_of(model, 4), Place(3), Place(1)
     padded = torch.cat([a[:, :12], torch.cat([b[:, :5], torch.zeros(1, 7, dtype=torch.long)], 1)])
@@ -268,7 +269,10 @@ def test_storage_grows_by_doubling(model):
 
 
 def test_pages_are_parts_of_chunks():
-    assert [page_size(make_model(chunk=chunk).config) for chunk in (16, 250, 256, 384, 8192)] == [16, 250, 256, 192, 256]
+    shape = scout().to_dict()
+    chunks = (16, 250, 256, 384, 8192)
+    sizes = [page_size(ModelConfig.from_dict({**shape, "chunk": chunk})) for chunk in chunks]
+    assert sizes == [16, 250, 256, 192, 256]
 
 
 def test_refusals(model):

@@ -161,7 +161,7 @@ def test_the_youngest_is_preempted_and_goes_on():
 
 
 def test_n_answers_of_one_prompt_compute_it_once():
-    """Three with the same 20 tokens: one computes two chunks, the others wait and take them; only the rest is theirs."""
+    """Three with the same 20 tokens: one computes two chunks, the others wait and take them, and compute the rest."""
     machine = Machine(3, 8, 100, 4, 100, 100)
     jobs = [Job(name, range(20), 4) for name in range(3)]
     for job in jobs:

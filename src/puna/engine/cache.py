@@ -24,8 +24,8 @@ Bytes a sequence of n tokens holds, with K key/value heads of d numbers of b byt
 With 3 local layers to 1 global, the hybrid cache tends to a quarter of the other one (serving-and-evaluation.md B.1).
 
 Storage of a layer is [units, K, slots, d] for keys and as much for values. A unit is a sequence's *row* with C slots in
-a local layer, a page with P slots in a global one. A forward pass works on a `View`: some sequences and the tokens fed to
-each now. What it reads is not copied where that counts:
+a local layer, a page with P slots in a global one. A forward pass works on a `View`: some sequences and the tokens fed
+to each now. What it reads is not copied where that counts:
 
 * One token for each sequence (decoding). Local: the rows are neighbours (the scheduler sees to it) and one kernel reads
   them in place. Global: pages that are neighbours are one batch of pages, each with the queries of those who read it;
@@ -284,7 +284,7 @@ class View:
         return join_rows(torch.cat(parts), torch.cat(weights), torch.cat(rows), len(q_BKRd))
 
     def _find_runs(self, like: Tensor):
-        """Neighbouring pages with as many readers each: (pages, who reads [n, W], additive mask [n, 1, 1, P] or None)."""
+        """Neighbouring pages with as many readers each: (pages, their readers [n, W], additive mask [n, 1, 1, P])."""
         size, readers, filled = self.cache.page, {}, {}
         for i, (place, start) in enumerate(zip(self.places, self.starts, strict=True)):
             for page in place.pages[: start // size + 1]:
@@ -297,7 +297,8 @@ class View:
             else:
                 runs.append([page])
         for run in runs:
-            beyond_nP = torch.arange(size, device=like.device) >= self._index([filled.get(p, size) for p in run])[:, None]
+            ends_n1 = self._index([filled.get(page, size) for page in run])[:, None]
+            beyond_nP = torch.arange(size, device=like.device) >= ends_n1
             mask = None
             if beyond_nP.any():
                 mask = like.new_zeros(beyond_nP.shape).masked_fill_(beyond_nP, float("-inf"))[:, None, None]
@@ -339,10 +340,10 @@ class Apart(View):
     """
 
     def _rows(self, slab: _Slab, q_BKRd: Tensor) -> Tensor:
-        return self._alone(q_BKRd, self.first, lambda place, n: (slab.key[place.row, None], slab.value[place.row, None]))
+        return self._alone(q_BKRd, self.first, lambda at, n: (slab.key[at.row, None], slab.value[at.row, None]))
 
     def _pages(self, slab: _Slab, q_BKRd: Tensor) -> Tensor:
-        return self._alone(q_BKRd, self.starts, lambda place, n: self._gather(slab, place, 0, n))
+        return self._alone(q_BKRd, self.starts, lambda at, n: self._gather(slab, at, 0, n))
 
     def _alone(self, q_BKRd: Tensor, last: Sequence[int], read) -> Tensor:
         out_BKRd = torch.zeros_like(q_BKRd)

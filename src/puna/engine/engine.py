@@ -7,8 +7,8 @@
 Underneath, requests are added at any time (`add_request`) and `step` advances all of them: one slice of waiting
 prompts, then one forward pass that gives every running answer its next token. Who finishes leaves at once and a
 waiting request takes the place; who finds no memory waits or goes back to waiting (scheduler.py). Keys and values live
-in the hybrid cache (cache.py) and, for whoever begins alike, in the prefix cache (prefix.py); forward.py runs the model,
-tokens are chosen in sampler.py, text is cut in text.py; this file joins them.
+in the hybrid cache (cache.py) and, for prompts that begin alike, in the prefix cache (prefix.py); forward.py runs the
+model, tokens are chosen in sampler.py, text is cut in text.py; this file joins them.
 
 Three promises:
 
@@ -73,7 +73,8 @@ class Engine:
         page = page_bytes(config, model.dtype)
         for name, value, least in (
             ("max_batch", max_batch, 1), ("prefill_tokens", prefill_tokens, 1),
-            ("prefix_cache_bytes", prefix_cache_bytes, 0), ("cache_bytes", page if cache_bytes is None else cache_bytes, page),
+            ("prefix_cache_bytes", prefix_cache_bytes, 0),
+            ("cache_bytes", page if cache_bytes is None else cache_bytes, page),
         ):  # fmt: skip
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise PunaError(f"{name}: must be an integer of at least {least}, not {value!r}")

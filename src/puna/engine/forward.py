@@ -55,8 +55,9 @@ class Forward:
 
     def __call__(self, group: Sequence[Running], lengths: Sequence[int]) -> Tensor:
         """Feeds each its next lengths[i] tokens: the last hidden states [B, T, D], padded on the right."""
-        ids = [request.ids(request.fed, request.fed + n) for request, n in zip(group, lengths, strict=True)]
-        features = [self._features(request, request.fed, request.fed + n) for request, n in zip(group, lengths, strict=True)]
+        slices = [(request, request.fed, request.fed + n) for request, n in zip(group, lengths, strict=True)]
+        ids = [request.ids(start, stop) for request, start, stop in slices]
+        features = [self._features(*part) for part in slices]
         if self.invariant:
             return self._blocks(group, lengths, ids, features)
         tokens_BT = torch.full((len(group), max(lengths)), self._pad)
@@ -103,8 +104,9 @@ class Forward:
         each = self.model.config.vision.tokens_per_tile
         if request.features is None or first < request.features_from:
             request.features_from = first // each * each
-            parts = request.prompt.tiles[first // each :].split(1 if self.invariant else TILES_AT_ONCE)
-            request.features = torch.cat([self.model.image_features(part.to(self.device)).flatten(0, 1) for part in parts])
+            tiles = request.prompt.tiles[first // each :].split(1 if self.invariant else TILES_AT_ONCE)
+            parts = [self.model.image_features(some.to(self.device)).flatten(0, 1) for some in tiles]
+            request.features = torch.cat(parts)
         return request.features[first - request.features_from : last - request.features_from]
 
     @torch.inference_mode()

@@ -1,7 +1,7 @@
 """The prefix cache: a beginning that was computed once is not computed again.
 
-Conversations repeat themselves: a system prompt, the turns so far, a picture asked about twice, n answers to one prompt.
-What the model knows of a beginning is its keys and values; if they are kept, the next prompt goes on behind them.
+Conversations repeat themselves: a system prompt, the turns so far, a picture asked about twice, n answers to one
+prompt. What the model knows of a beginning is its keys and values; if they are kept, the next prompt goes on behind.
 
 **Only global layers' pages are kept.** A local layer sees its own chunk alone, so at a chunk border it has forgotten
 everything: the next token starts it afresh. A beginning of whole chunks is therefore known by the pages of the global
@@ -10,8 +10,9 @@ would take the local slots too; so beginnings are shared in whole chunks, and th
 
 **The key is the content.** Chunk i's key is a hash over the key of chunk i-1, the chunk's token ids and the pixels of
 its pictures (all patch tokens have one id). So equal keys mean equal beginnings, from the first token on. The chain
-starts with a salt, the tenant's: who may not know what others asked cannot find out by timing (CVE-2025-46570). Keys and
-values of other weights are never found: with new weights all is forgotten, and what running answers have is not shared.
+starts with a salt, the tenant's: who may not know what others asked cannot find out by timing (CVE-2025-46570). Keys
+and values of other weights are never found: with new weights all is forgotten, and what running answers have is not
+shared.
 
 Whole answers enter too, chunk by chunk as they grow. What was used least recently is dropped first, ends of chains
 before their beginnings, and nothing that a running sequence uses.

@@ -119,7 +119,8 @@ def prepare(prompt, processor, config: ModelConfig, max_context: int, salt: str 
         raise PunaError(f"the prompt has {patches} patch tokens, its pictures make {count * per_tile}: they must agree")
     if isinstance(prompt, Prompt) and prompt.digests is not None:
         return prompt
-    digests = tuple(blake2b(tile.contiguous().numpy(), digest_size=16).digest() for tile in tiles.float()) if count else ()
+    pixels = [tile.contiguous().numpy() for tile in tiles.float()] if count else []
+    digests = tuple(blake2b(tile, digest_size=16).digest() for tile in pixels)
     return Prompt(array, tiles, (salt or "").encode(errors="surrogatepass"), digests)
 
 
@@ -213,7 +214,8 @@ class Running:
         for i in range(len(self.keys), chunk + 1):
             start, stop = i * self.chunk, (i + 1) * self.chunk
             before = self.keys[-1] if self.keys else chain(b"", self.prompt.salt)
-            self.keys.append(chain(before, self.ids(start, stop).tobytes(), self.prompt.digests[self._tiles(start, stop)]))
+            pictures = self.prompt.digests[self._tiles(start, stop)]
+            self.keys.append(chain(before, self.ids(start, stop).tobytes(), pictures))
         return self.keys[chunk]
 
     def _tiles(self, start: int, stop: int) -> slice:

@@ -33,7 +33,6 @@ from collections import deque
 from collections.abc import Hashable
 from typing import Protocol
 
-from puna.engine.pages import Pages
 from puna.engine.prefix import PrefixCache
 
 MIN_SLICE = 64
@@ -109,10 +108,13 @@ class Scheduler:
             return self.prefill_tokens
         return min(self.prefill_tokens, max(MIN_SLICE, self.prefill_tokens * REACH // (REACH + fed)))
 
+    def room(self, sequence: Schedulable) -> int:
+        """Tokens up to its chunk's border: no forward pass may feed it more."""
+        return self.chunk - sequence.fed % self.chunk
+
     def slice_length(self, sequence: Schedulable) -> int:
         """Length of the sequence's next prompt slice: to its end, the chunk's border, or the budget."""
-        border = self.chunk - sequence.fed % self.chunk
-        return min(sequence.target - sequence.fed, border, self.budget(sequence.fed))
+        return min(sequence.target - sequence.fed, self.room(sequence), self.budget(sequence.fed))
 
     def prefill(self) -> list[Schedulable]:
         """The sequences whose next slices share the next forward pass, in the order of their rows; empty if none."""

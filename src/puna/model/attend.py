@@ -11,8 +11,8 @@ The query heads of one key head are rows of one product: [B, T, K * R, d] is wor
 
 On a GPU the kernel that takes a mask takes no grouped heads: keys are repeated, or torch would write out all scores.
 
-**In parts.** Keys of a cache lie in several places, and a mask over a long past costs more than the attention. So `part`
-attends to some of the keys and says what they weigh; parts of one query make the whole:
+**In parts.** Keys of a cache lie in several places, and a mask over a long past costs more than the attention. So
+`part` attends to some of the keys and says what they weigh; parts of one query make the whole:
 
     l_i = log sum_k exp(s_k) over part i's keys        o = sum_i w_i o_i        w = softmax(l)
 """

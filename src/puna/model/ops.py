@@ -138,8 +138,8 @@ _SAME_SHAPES: ContextVar[bool] = ContextVar("same_shapes", default=False)
 
 @contextmanager
 def same_shapes():
-    """Within it every expert's product has as many rows as the batch has tokens, whoever goes there: a token's bits then
-    don't depend on the others' routes (engine/forward.py)."""
+    """Within it every expert's product has as many rows as the batch has tokens, whoever goes there: a token's bits
+    then don't depend on the others' routes (engine/forward.py)."""
     token = _SAME_SHAPES.set(True)
     try:
         yield
