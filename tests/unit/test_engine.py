@@ -540,7 +540,7 @@ def test_pictures_are_part_of_the_key(engine):
 
 
 def test_pictures_behind_what_is_known_are_encoded_and_no_others(engine, monkeypatch):
-    """A second picture after a known first one: one tile goes through the tower, and the answer is the whole prompt's."""
+    """A second picture after a known first one: one tile goes through the tower; the answer is the whole prompt's."""
     known = user("Look. " * 16, picture(1))
     more = [*known, {"role": "assistant", "content": "x" * C}, *user("And this?", picture(2))]
     expected = Engine(engine.model, engine.processor).generate([more], max_tokens=12)[0]
@@ -640,7 +640,7 @@ def test_same_seeds_and_batch_same_bits(engine):
 
 
 def test_a_prompt_of_64k_tokens():
-    """Slices over a past without a mask: the answer of one whole forward pass, in 0.26 of what all layers would hold."""
+    """Slices over a past without a mask: the answer of one forward pass, in 0.26 of what all layers would hold."""
     config = ModelConfig(
         vocab_size=64, d_model=16, n_layers=4, n_heads=1, n_kv_heads=1, head_dim=16, expert_width=16, dense_width=16,
         n_experts=2, chunk=1024, floor_scale=1024, max_context=2**16 + 8,

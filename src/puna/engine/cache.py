@@ -42,6 +42,7 @@ never looks; only real tokens are stored.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Protocol
 
@@ -231,7 +232,6 @@ class View:
         self._local = self._index([places[i].row for i, _, _ in new]), self._index([p % chunk for _, _, p in new])
         pages = self._index([places[i].pages[p // page] for i, _, p in new])
         self._global = pages, self._index([p % page for _, _, p in new])
-        self._runs: list | None = None
 
     def _index(self, numbers: Sequence) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self.cache.device)
@@ -259,50 +259,58 @@ class View:
 
     def _rows(self, slab: _Slab, q_BKRd: Tensor) -> Tensor:
         """Local layers: slots 0 … first of each row, and no more."""
-        stop, rows = max(self.first) + 1, [place.row for place in self.places]
+        rows = [place.row for place in self.places]
         neighbours = rows == list(range(rows[0], rows[0] + len(rows)))
         which = slice(rows[0], rows[0] + len(rows)) if neighbours else rows
-        mask = None
-        if min(self.first) + 1 < stop:
-            beyond_BS = torch.arange(stop, device=q_BKRd.device) > self._index(self.first)[:, None]
-            mask = q_BKRd.new_zeros(beyond_BS.shape).masked_fill_(beyond_BS, float("-inf"))[:, None, None]
-        return F.scaled_dot_product_attention(
-            q_BKRd, slab.key[which, :, :stop], slab.value[which, :, :stop], attn_mask=mask
-        )
+        key, value = (x[which, :, : max(self.first) + 1] for x in (slab.key, slab.value))
+        return F.scaled_dot_product_attention(q_BKRd, key, value, attn_mask=self._rows_mask)
+
+    @cached_property
+    def _rows_mask(self) -> Tensor | None:
+        """[B, 1, 1, S], or None where all rows stand at the same slot."""
+        return self._hide(self.first, max(self.first) + 1)
+
+    def _hide(self, last: Sequence[int], slots: int) -> Tensor | None:
+        """Additive mask [n, 1, 1, slots] of the slots behind the last ones; None if there are none."""
+        if min(last) + 1 >= slots:
+            return None
+        hidden_nS = torch.arange(slots, device=self.cache.device) > self._index(last)[:, None]
+        mask_nS = torch.zeros(hidden_nS.shape, dtype=self.cache.dtype, device=self.cache.device)
+        return mask_nS.masked_fill_(hidden_nS, float("-inf"))[:, None, None]
 
     def _pages(self, slab: _Slab, q_BKRd: Tensor) -> Tensor:
         """Global layers: run by run, then joined."""
-        if self._runs is None:
-            self._runs = list(self._find_runs(q_BKRd))
-        parts, weights, rows = [], [], [row_nW.flatten() for _, row_nW, _ in self._runs]
+        parts, weights = [], []
         for pages, row_nW, mask in self._runs:
             q_nKWd = q_BKRd[row_nW].transpose(1, 2).flatten(2, 3)  # all that read a page, as one's queries
             out, weight = part(q_nKWd, slab.key[pages], slab.value[pages], mask)
             readers = row_nW.shape[1]
             parts.append(out.unflatten(2, (readers, -1)).transpose(1, 2).flatten(0, 1))
             weights.append(weight.unflatten(2, (readers, -1)).transpose(1, 2).flatten(0, 1))
-        return join_rows(torch.cat(parts), torch.cat(weights), torch.cat(rows), len(q_BKRd))
+        row_N = torch.cat([row_nW.flatten() for _, row_nW, _ in self._runs])
+        if len(row_N) == len(q_BKRd):  # a page each
+            return torch.empty_like(q_BKRd).index_copy_(0, row_N, torch.cat(parts))
+        return join_rows(torch.cat(parts), torch.cat(weights), row_N, len(q_BKRd))
 
-    def _find_runs(self, like: Tensor):
+    @cached_property
+    def _runs(self) -> list[tuple[slice, Tensor, Tensor | None]]:
         """Neighbouring pages with as many readers each: (pages, their readers [n, W], additive mask [n, 1, 1, P])."""
-        size, readers, filled = self.cache.page, {}, {}
+        size, readers, last = self.cache.page, {}, {}
         for i, (place, start) in enumerate(zip(self.places, self.starts, strict=True)):
             for page in place.pages[: start // size + 1]:
                 readers.setdefault(page, []).append(i)
-            filled[page] = start % size + 1  # the last; a page with several readers is full
+            last[page] = start % size  # slot of the newest token; a page with several readers is full
         runs: list[list[int]] = []
         for page in sorted(readers):
             if runs and page == runs[-1][-1] + 1 and len(readers[page]) == len(readers[runs[-1][0]]):
                 runs[-1].append(page)
             else:
                 runs.append([page])
-        for run in runs:
-            ends_n1 = self._index([filled.get(page, size) for page in run])[:, None]
-            beyond_nP = torch.arange(size, device=like.device) >= ends_n1
-            mask = None
-            if beyond_nP.any():
-                mask = like.new_zeros(beyond_nP.shape).masked_fill_(beyond_nP, float("-inf"))[:, None, None]
-            yield slice(run[0], run[-1] + 1), self._index([readers[page] for page in run]), mask
+        return [
+            (slice(run[0], run[-1] + 1), self._index([readers[page] for page in run]),
+             self._hide([last.get(page, size - 1) for page in run], size))
+            for run in runs
+        ]  # fmt: skip
 
     # ---- a slice
 
@@ -313,18 +321,21 @@ class View:
         past = self.first if local else self.starts
         if any(past):
             out_BHTd = out_BHTd.float()
-            for i, (place, n) in enumerate(zip(self.places, past, strict=True)):
-                if not n:
-                    continue
-                rows = (1, k.shape[1], -1, q.shape[-1])  # all heads of a key and all new tokens as one's queries
+            rows = (1, k.shape[1], -1, q.shape[-1])  # all heads of a key and all new tokens as one's queries
+            for i in (i for i, n in enumerate(past) if n):
                 whole = out_BHTd[i].reshape(rows), weight_BHT[i].reshape(rows[:3])
-                for key, value in [(x[place.row, None, :, :n] for x in (slab.key, slab.value))] if local else (
-                    self._gather(slab, place, begin, min(n, begin + self.cache.piece))
-                    for begin in range(0, n, self.cache.piece)
-                ):  # fmt: skip
+                for key, value in self._past(slab, local, self.places[i], past[i]):
                     whole = join(whole, part(q[i].reshape(rows), key, value))
                 out_BHTd[i] = whole[0].view(out_BHTd[i].shape)
         return out_BHTd.to(q_BTHd.dtype).transpose(1, 2)
+
+    def _past(self, slab: _Slab, local: bool, place: Place, n: int):
+        """Keys and values of the n tokens before, piece by piece."""
+        if local:
+            yield slab.key[place.row, None, :, :n], slab.value[place.row, None, :, :n]
+            return
+        for start in range(0, n, self.cache.piece):
+            yield self._gather(slab, place, start, min(n, start + self.cache.piece))
 
     def _gather(self, slab: _Slab, place: Place, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens start (where a page begins) … stop-1 in one piece: [1, K, S, d]."""

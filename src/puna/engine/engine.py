@@ -189,8 +189,8 @@ class Engine:
         if training:
             self.model.eval()
         try:
-            if self._stamp != (stamp := self._written()):
-                self._stamp = stamp
+            if self._stamp != self._written():
+                self.version += 1
                 self.weights_changed()
             for request in self.scheduler.admit():
                 request.stale = False
@@ -210,7 +210,7 @@ class Engine:
     def weights_changed(self) -> None:
         """The model's weights are others now (`step` sees it by itself when they were written to in place): what was
         computed with the old ones is shared with nobody any more. Running answers go on with the new ones."""
-        self.version += 1
+        self._stamp = self._written()
         self.prefix.clear()
         for request in self.scheduler.active:
             request.stale = True
