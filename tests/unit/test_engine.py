@@ -481,6 +481,10 @@ def test_what_never_fits_is_refused(engine, model, tiny_processor):
         tight.add_request([1] * 64, Sampling(max_tokens=None))
     assert not tight.busy
     assert len(tight.generate([[1] * 30], max_tokens=34)[0].tokens) == 34
+    stats = tight.stats()
+    assert (stats["tokens_prefilled"], stats["tokens_generated"], stats["version"]) == (30, 34, 0)
+    assert set(stats) >= {"waiting", "active", "cache_bytes", "cache_bytes_used", "prefix_hits", "prefix_tokens",
+                          "preemptions"}  # fmt: skip
     assert len(tight.generate([[1] * 30], max_tokens=None)[0].tokens) == 34, "as far as the memory goes"
     with pytest.raises(PunaError, match=f"cache_bytes: must be an integer of at least {page}"):
         Engine(model, tiny_processor, cache_bytes=page - 1)
@@ -557,6 +561,8 @@ def test_a_salt_shares_nothing(engine):
         engine.add_request(LONG, Sampling(max_tokens=1), sink=events.append, salt=salt)
         drain(engine)
         assert bool(events[-1].completion.cached_tokens) == cached, salt
+    ready = engine.prepare(LONG, "carol")
+    assert engine.prepare(ready) is ready and engine.prepare(ready, "dora").salt == b"dora" != ready.salt == b"carol"
 
 
 def test_n_answers_cost_one_prompt(engine):
@@ -602,7 +608,7 @@ def bits(completions):
 
 def test_batch_invariant(model, tiny_processor):
     """Alone, together, in other slices, from the prefix cache, after preemptions: the same bits."""
-    options = dict(max_tokens=40, temperature=0.8, seed=7)
+    options = dict(max_tokens=30, temperature=0.8, seed=7)
 
     def make(**more):
         return Engine(model, tiny_processor, batch_invariant=True, **{"prefix_cache_bytes": 0, **more})

@@ -80,9 +80,9 @@ class Forward:
         for request, n in zip(group, lengths, strict=True):
             places += [_Token(request.row, request.pages, request.fed + i) for i in range(n)]
         tokens_N = torch.from_numpy(np.concatenate(ids))
-        patch_N = tokens_N == (-1 if self.model.config.patch_token is None else self.model.config.patch_token)
         some = [part for part in features if part is not None]
         at, features_nD = 0, torch.cat(some) if some else None
+        patch_N = tokens_N == (self.model.config.patch_token if some else -1)
         for begin in range(0, len(places), BLOCK):
             own = slice(begin, begin + BLOCK)
             n, patches = len(places[own]), int(patch_N[own].sum())

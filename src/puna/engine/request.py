@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 import numpy as np
@@ -117,11 +117,12 @@ def prepare(prompt, processor, config: ModelConfig, max_context: int, salt: str 
     per_tile = config.vision.tokens_per_tile if config.vision else 0
     if patches != count * per_tile:
         raise PunaError(f"the prompt has {patches} patch tokens, its pictures make {count * per_tile}: they must agree")
+    start = None if salt is None else salt.encode(errors="surrogatepass")
     if isinstance(prompt, Prompt) and prompt.digests is not None:
-        return prompt
+        return prompt if start is None else replace(prompt, salt=start)
     pixels = [tile.contiguous().numpy() for tile in tiles.float()] if count else []
     digests = tuple(blake2b(tile, digest_size=16).digest() for tile in pixels)
-    return Prompt(array, tiles, (salt or "").encode(errors="surrogatepass"), digests)
+    return Prompt(array, tiles, start or b"", digests)
 
 
 def _tiles(pictures: Sequence, processor) -> Tensor | None:
