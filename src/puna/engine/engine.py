@@ -6,12 +6,14 @@
 
 Underneath, requests are added at any time (`add_request`) and `step` advances all of them: one slice of waiting
 prompts, then one forward pass that gives every running answer its next token. Who finishes leaves at once and a
-waiting request takes the place (scheduler.py). Keys and values live in the hybrid cache (cache.py), tokens are
-chosen in sampler.py, text is cut in text.py; this file joins them.
+waiting request takes the place; who finds no memory waits or goes back to waiting (scheduler.py). Keys and values live
+in the hybrid cache (cache.py) and, for prompts that begin alike, in the prefix cache (prefix.py); forward.py runs the
+model, tokens are chosen in sampler.py, text is cut in text.py; this file joins them.
 
 Three promises:
 
-* *Independence.* An answer does not depend on who else is in the batch (up to the order of floating-point sums).
+* *Independence.* An answer does not depend on who else is in the batch: up to the order of floating-point sums (the
+  same requests in the same order at the same state of the engine: the same bits), or to the bit with `batch_invariant`.
 * *Isolation.* Whatever goes wrong with one request (a NaN, an exception in the forward pass) ends that request
   alone: a failed batch is repeated one request at a time, which is safe since the cache only counts what was
   completed.
@@ -31,14 +33,17 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from puna.engine.cache import HybridCache
+from puna.engine.cache import HybridCache, page_bytes, page_size
+from puna.engine.forward import Forward
+from puna.engine.pages import Pages
+from puna.engine.prefix import PrefixCache
 from puna.engine.request import Completion, Event, Prompt, Running, Sink, prepare
 from puna.engine.sampler import Sampling, sample
 from puna.engine.scheduler import Scheduler
 from puna.errors import PunaError
 
 PREFILL_TOKENS = 2048  # most prompt tokens of one forward pass
-TILES_AT_ONCE = 16  # most tiles of one pass through the vision tower
+PREFIX_BYTES = 2**27
 KEEP_BYTES = 2**28  # an idle engine gives its cache back if it is larger than this
 
 
@@ -48,7 +53,9 @@ class Engine:
     model: a `puna.model.Llama4`; it is used in evaluation mode, and left in the mode it was in. processor: None for
     a model without a tokenizer (prompts are then token ids, and answers have no text). max_context: most tokens of
     a prompt with its answer, at most and by default the model's own. prefill_tokens: most prompt tokens of one
-    forward pass.
+    forward pass. cache_bytes: most memory for keys and values of global layers, beyond which answers are preempted (by
+    default as much as max_batch sequences can need); prefix_cache_bytes: of these, what may be kept for prompts to come
+    (0: nothing). batch_invariant: equal bits whatever else runs (forward.py), several times slower.
     """
 
     def __init__(
@@ -58,11 +65,19 @@ class Engine:
         max_batch: int = 32,
         max_context: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
+        cache_bytes: int | None = None,
+        prefix_cache_bytes: int = PREFIX_BYTES,
+        batch_invariant: bool = False,
     ):
         config = model.config
-        for name, value in (("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise PunaError(f"{name}: must be an integer of at least 1, not {value!r}")
+        page = page_bytes(config, model.dtype)
+        for name, value, least in (
+            ("max_batch", max_batch, 1), ("prefill_tokens", prefill_tokens, 1),
+            ("prefix_cache_bytes", prefix_cache_bytes, 0),
+            ("cache_bytes", page if cache_bytes is None else cache_bytes, page),
+        ):  # fmt: skip
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise PunaError(f"{name}: must be an integer of at least {least}, not {value!r}")
         if max_context is not None and not 2 <= max_context <= config.max_context:
             raise PunaError(
                 f"max_context: must be at least 2 and at most the model's {config.max_context}, not {max_context}"
@@ -75,12 +90,22 @@ class Engine:
         self.model, self.processor, self.config = model, processor, config
         self.max_context = max_context or config.max_context
         self.device = next(model.parameters()).device
-        self.cache = HybridCache(config, max_batch, model.dtype, self.device, self.max_context)
-        self.scheduler = Scheduler(max_batch, config.chunk, prefill_tokens)
+        size = page_size(config)
+        total = max_batch * -(-self.max_context // size)
+        if cache_bytes is not None:
+            total = min(total, cache_bytes // page)
+        self.pages = Pages(size, total)
+        self.prefix = PrefixCache(self.pages, min(total, prefix_cache_bytes // page))
+        self.cache = HybridCache(config, max_batch, total, model.dtype, self.device)
+        self.scheduler = Scheduler(max_batch, config.chunk, prefill_tokens, self.prefix, self.cache)
+        self.forward = Forward(model, self.cache, batch_invariant)
+        self.version = 0  # of the weights
+        self._weights = [*model.parameters(), *model.buffers()]
+        self._stamp = self._written()
+        self._tokens_generated = self._tokens_prefilled = 0
         self._requests: dict[str, Running] = {}
         self._events: list[Event] = []  # of requests without a sink, for step() to return
         self._numbers = itertools.count(1)
-        self._pad = 1 if config.patch_token == 0 else 0
         self._banned_V = self._banned()
 
     def _banned(self) -> Tensor | None:
@@ -95,13 +120,17 @@ class Engine:
 
     # ---- requests
 
-    def prepare(self, prompt) -> Prompt:
-        """Messages, an `Encoded` or token ids, tokenised and checked; any thread may do this. Raises PunaError."""
-        return prepare(prompt, self.processor, self.config, self.max_context)
+    def prepare(self, prompt, salt: str | None = None) -> Prompt:
+        """Messages, an `Encoded` or token ids, tokenised and checked; any thread may do this. Raises PunaError.
+
+        salt: prompts with different ones share nothing in the prefix cache (one for each tenant).
+        """
+        return prepare(prompt, self.processor, self.config, self.max_context, salt)
 
     def add_request(
-        self, prompt, sampling: Sampling | None = None, id: str | None = None, sink: Sink | None = None
-    ) -> str:
+        self, prompt, sampling: Sampling | None = None, id: str | None = None, sink: Sink | None = None,
+        salt: str | None = None,
+    ) -> str:  # fmt: skip
         """Queues a request and returns its id. Its events go to `sink`, or without one to whoever calls `step`.
 
         Raises PunaError at once for a prompt or sampling that cannot be served, and for an id in use.
@@ -109,11 +138,23 @@ class Engine:
         id = f"request-{next(self._numbers)}" if id is None else id
         if id in self._requests:
             raise PunaError(f"a request with the id {id!r} is running: ids must differ")
-        prompt, sampling = self.prepare(prompt), sampling or Sampling()
+        prompt, sampling = self.prepare(prompt, salt), sampling or Sampling()
         request = Running.make(id, prompt, sampling, self.processor, self.config, self.max_context, sink)
+        self.fits(request)
         self._requests[id] = request
         self.scheduler.add(request)
         return id
+
+    def fits(self, request: Running) -> None:
+        """Refuses what could not be served if it had all pages. Without a max_tokens the answer ends where they do."""
+        room = self.pages.total * self.pages.size
+        length = len(request.prompt.tokens)
+        if length + (request.sampling.max_tokens or 1) > room:
+            raise PunaError(
+                f"{length} prompt tokens and max_tokens {request.sampling.max_tokens} do not fit in the {room} tokens "
+                "that cache_bytes has room for: shorten the prompt, lower max_tokens or raise cache_bytes"
+            )
+        request.limit = min(request.limit, room - length)
 
     def abort(self, id: str) -> bool:
         """Ends a request now (finish_reason "abort") and frees its place. False if none of that id is running."""
@@ -148,21 +189,48 @@ class Engine:
         if training:
             self.model.eval()
         try:
+            if self._stamp != self._written():
+                self.version += 1
+                self.weights_changed()
             for request in self.scheduler.admit():
-                request.admitted = time.perf_counter()
-            group = self.scheduler.prefill()
-            if group:
+                request.stale = False
+                request.admitted = request.admitted or time.perf_counter()
+            if group := self.scheduler.prefill():
                 self._advance(group, self._prefill)
-            decoding = self.scheduler.active[: self.scheduler.decoding]
-            if decoding:
-                self._advance(decoding, self._decode)
+            if group := self.scheduler.decode():
+                self._advance(group, self._decode)
         finally:
             if training:
                 self.model.train()
         if not self._requests and self.cache.nbytes > KEEP_BYTES:
-            self.cache.release()
+            self.cache.shrink(0, len(self.pages.owners))
         events, self._events = self._events, []
         return events
+
+    def weights_changed(self) -> None:
+        """The model's weights are others now (`step` sees it by itself when they were written to in place): what was
+        computed with the old ones is shared with nobody any more. Running answers go on with the new ones."""
+        self._stamp = self._written()
+        self.prefix.clear()
+        for request in self.scheduler.active:
+            request.stale = True
+
+    def _written(self) -> int:
+        """Grows when a weight is written to."""
+        return sum(weight._version for weight in self._weights if not weight.is_inference())
+
+    def stats(self) -> dict[str, int]:
+        """Numbers for whoever watches: requests waiting and active; bytes of storage held for keys and values, and of
+        the pages in use; and since the start: requests that found a beginning in the prefix cache, the tokens they
+        found, preemptions, tokens generated and prompt tokens computed; the weights' version."""
+        scheduler, used = self.scheduler, self.pages.total - self.pages.free
+        return {
+            "waiting": len(scheduler.waiting), "active": len(scheduler.active),
+            "cache_bytes": self.cache.nbytes, "cache_bytes_used": used * page_bytes(self.config, self.model.dtype),
+            "prefix_hits": scheduler.prefix_hits, "prefix_tokens": scheduler.prefix_tokens,
+            "preemptions": scheduler.preemptions, "tokens_generated": self._tokens_generated,
+            "tokens_prefilled": self._tokens_prefilled, "version": self.version,
+        }  # fmt: skip
 
     def _advance(
         self, group: list[Running], forward: Callable[[list[Running]], tuple[list[Running], Tensor | None]]
@@ -180,54 +248,37 @@ class Engine:
             return
         if not ready:
             return
-        samplings, generators = [r.sampling for r in ready], [r.generator for r in ready]
-        tokens, logprobs = sample(logits_BV, samplings, generators, self._banned_V)
+        tokens, logprobs = self._choose(ready, logits_BV)
         for request, token, logprob in zip(ready, tokens, logprobs, strict=True):
             if request.completion is None:  # a sink may have aborted it
                 self._accept(request, token, logprob)
 
+    def _choose(self, ready: list[Running], logits_BV: Tensor) -> tuple[list[int], list[float]]:
+        """The next token of each, and its log-probability."""
+        if self.forward.invariant and len(ready) > 1:
+            chosen = [self._choose([request], row) for request, row in zip(ready, logits_BV.split(1), strict=True)]
+            return [tokens[0] for tokens, _ in chosen], [logprobs[0] for _, logprobs in chosen]
+        return sample(logits_BV, [r.sampling for r in ready], [r.generator for r in ready], self._banned_V)
+
     def _prefill(self, group: list[Running]) -> tuple[list[Running], Tensor | None]:
         """The next prompt slice of each; returns those whose prompt is complete, with their next logits [n, V]."""
         lengths = [self.scheduler.slice_length(request) for request in group]
-        width = max(lengths)
-        tokens_BT = torch.full((len(group), width), self._pad)
-        features = []
-        for i, (request, n) in enumerate(zip(group, lengths, strict=True)):
-            stop = request.fed + n
-            tokens_BT[i, :n] = torch.from_numpy(request.prompt.tokens[request.fed : stop])
-            if request.prompt.tiles is not None:
-                if request.features is None:
-                    request.features = self._encode_pictures(request.prompt.tiles)
-                features.append(request.slice_features(request.fed, stop))
-        self.cache.reserve(max(r.row for r in group) + 1, max(r.length for r in group))
-        view = self.cache.view([request.row for request in group], width)
-        features_nD = torch.cat(features) if any(len(f) for f in features) else None
-        hidden_BTD = self.model.hidden(tokens_BT.to(self.device), features=features_nD, cache=view)
-        done = [i for i, (r, n) in enumerate(zip(group, lengths, strict=True)) if r.fed + n == r.length]
-        last = [lengths[i] - 1 for i in done]
-        logits_BV = self.model.head(hidden_BTD[done, last]) if done else None
-        self.cache.advance([request.row for request in group], lengths)  # from here on nothing may fail
-        for request, n in zip(group, lengths, strict=True):
-            request.fed += n
+        hidden_BTD = self.forward(group, lengths)
+        done = [i for i, (r, n) in enumerate(zip(group, lengths, strict=True)) if r.fed + n == r.target]
+        logits_BV = self.forward.head(hidden_BTD[done, [lengths[i] - 1 for i in done]]) if done else None
         ready = [group[i] for i in done]
+        for request, n in zip(group, lengths, strict=True):  # from here on nothing may fail
+            self.scheduler.advance(request, n)
         for request in ready:
             request.features = None
-            if (rows := self.scheduler.promote(request)) is not None:
-                self.cache.swap(*rows)
+        self._tokens_prefilled += sum(lengths)
         return ready, logits_BV
-
-    def _encode_pictures(self, tiles: Tensor) -> Tensor:
-        """Tiles [n, 3, S, S] to the features of their patch tokens, [n · tokens_per_tile, D]."""
-        parts = [self.model.image_features(part.to(self.device)).flatten(0, 1) for part in tiles.split(TILES_AT_ONCE)]
-        return torch.cat(parts)
 
     def _decode(self, group: list[Running]) -> tuple[list[Running], Tensor]:
         """Feeds each its newest token; returns all of them with logits [n, V]."""
-        rows = [request.row for request in group]
-        tokens_B1 = torch.tensor([[request.tokens[-1]] for request in group], device=self.device)
-        hidden_B1D = self.model.hidden(tokens_B1, cache=self.cache.view(rows, 1))
-        logits_BV = self.model.head(hidden_B1D[:, 0])
-        self.cache.advance(rows, [1] * len(rows))
+        logits_BV = self.forward.head(self.forward(group, [1] * len(group))[:, 0])
+        for request in group:
+            self.scheduler.advance(request, 1)
         return group, logits_BV
 
     def _accept(self, request: Running, token: int, logprob: float) -> None:
@@ -239,6 +290,7 @@ class Engine:
             request.first = time.perf_counter()
         request.tokens.append(token)
         request.logprobs.append(logprob)
+        self._tokens_generated += 1
         if token in request.stop_ids:
             self._finish(request, "stop")
             return
@@ -254,12 +306,12 @@ class Engine:
 
     def _finish(self, request: Running, reason: str, error: Exception | None = None) -> None:
         """The request leaves: its row is given to another and its last event is sent."""
-        row, moves = request.row, self.scheduler.remove(request)
         del self._requests[request.id]
-        if row >= 0:
-            self.cache.free(row, wipe=reason in ("abort", "error"))
-            for source, target in moves:
-                self.cache.move(source, target)
+        if request.row >= 0 and reason in ("abort", "error"):
+            if reason == "error":
+                self.prefix.forget(request.keys)
+            self.cache.wipe(request.row, [page for page in request.pages if self.pages.owners[page] == 1])
+        self.scheduler.remove(request)
         piece = request.stream.flush()
         request.pieces.append(piece)
         if request.stream.stopped and reason == "length":

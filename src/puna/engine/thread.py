@@ -69,13 +69,17 @@ class EngineThread:
         """Can requests be answered?"""
         return self._thread.is_alive() and not self._closing
 
-    def submit(self, prompt, sampling: Sampling | None = None) -> Handle:
-        """Queues a request (messages, `Encoded` or token ids). Raises PunaError at once if it cannot be served."""
+    def submit(self, prompt, sampling: Sampling | None = None, salt: str | None = None) -> Handle:
+        """Queues a request (messages, `Encoded` or token ids). Raises PunaError at once if it cannot be served.
+
+        salt: prompts with different ones share nothing in the prefix cache.
+        """
         engine = self.engine
-        prepared, sampling = engine.prepare(prompt), sampling or Sampling()
+        prepared, sampling = engine.prepare(prompt, salt), sampling or Sampling()
         handle = Handle(f"answer-{next(self._numbers)}", len(prepared.tokens), self._abort)
         # Made here only to be checked here; the engine makes its own.
-        Running.make(handle.id, prepared, sampling, engine.processor, engine.config, engine.max_context, None)
+        made = Running.make(handle.id, prepared, sampling, engine.processor, engine.config, engine.max_context, None)
+        engine.fits(made)
         self._tell(lambda: engine.add_request(prepared, sampling, handle.id, handle.events.put))
         return handle
 
