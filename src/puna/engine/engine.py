@@ -267,7 +267,9 @@ class Engine:
         done = [i for i, (r, n) in enumerate(zip(group, lengths, strict=True)) if r.fed + n == r.target]
         logits_BV = self.forward.head(hidden_BTD[done, [lengths[i] - 1 for i in done]]) if done else None
         ready = [group[i] for i in done]
-        for request, n in zip(group, lengths, strict=True):  # from here on nothing may fail
+        finite = hidden_BTD.isfinite().flatten(1).all(1).tolist()
+        for request, n, good in zip(group, lengths, finite, strict=True):  # from here on nothing may fail
+            request.stale |= not good
             self.scheduler.advance(request, n)
         for request in ready:
             request.features = None
