@@ -26,7 +26,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,11 +38,23 @@ from puna.engine.constrain import Grammars
 from puna.engine.request import Completion, Event, Prompt, Running, Sink, prepare
 from puna.engine.sampler import Choice, Sampling, choose
 from puna.engine.scheduler import Scheduler
+from puna.engine.speculate import CHECKED, DRAFT_TOKENS, Draft, Drafter, Lookup, usable
+from puna.engine.weights import Weights, load
 from puna.errors import PunaError
+from puna.model.moe import record_routes
 
 PREFILL_TOKENS = 2048  # most prompt tokens of one forward pass
 TILES_AT_ONCE = 16  # most tiles of one pass through the vision tower
 KEEP_BYTES = 2**28  # an idle engine gives its cache back if it is larger than this
+
+
+class Pass(NamedTuple):
+    """What a forward pass leads to, for the requests that are ready to choose."""
+
+    ready: list[Running]
+    logits_BTV: Tensor | None
+    drafts: list[list[int]] | None  # what was fed behind each one's newest token; None: these were prompts
+    routes_BTL: np.ndarray | None  # int16: the experts at the positions of the logits
 
 
 class Engine:
@@ -48,7 +63,8 @@ class Engine:
     model: a `puna.model.Llama4`; it is used in evaluation mode, and left in the mode it was in. processor: None for
     a model without a tokenizer (prompts are then token ids, and answers have no text). max_context: most tokens of
     a prompt with its answer, at most and by default the model's own. prefill_tokens: most prompt tokens of one
-    forward pass.
+    forward pass. speculate: most tokens that are guessed and checked at once (speculate.py), from the text itself or by
+    `draft`, a small model of the same family; 0 without a draft: none.
     """
 
     def __init__(
@@ -58,8 +74,12 @@ class Engine:
         max_batch: int = 32,
         max_context: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
+        speculate: int = 0,
+        draft=None,
     ):
         config = model.config
+        if isinstance(speculate, bool) or not isinstance(speculate, int) or not 0 <= speculate < CHECKED:
+            raise PunaError(f"speculate: must be an integer from 0 to {CHECKED - 1}, not {speculate!r}")
         for name, value in (("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PunaError(f"{name}: must be an integer of at least 1, not {value!r}")
@@ -83,6 +103,16 @@ class Engine:
         self._pad = 1 if config.patch_token == 0 else 0
         self._banned_V = self._banned()
         self.grammars = Grammars(processor and processor.tokenizer, config.vocab_size)
+        self.speculate = speculate or (DRAFT_TOKENS if draft is not None else 0)
+        self.drafter = self._drafter(draft)
+        self.drafted = self.accepted = 0  # guessed tokens that were checked, and those of them that were right
+        self.version = 0  # of the weights
+
+    def _drafter(self, draft) -> Drafter | None:
+        if draft is None:
+            return Lookup() if self.speculate else None
+        rows, slices = self.scheduler.rows, self.scheduler.prefill_tokens
+        return Draft(draft, self.config, rows, self.max_context, slices, self._banned_V)
 
     def _banned(self) -> Tensor | None:
         """bool [V]: control tokens that don't end an answer, and ids no text has."""
@@ -143,6 +173,20 @@ class Engine:
             if request.completion is None:
                 self._finish(request, "error", error)
 
+    def replace_weights(self, weights: Weights, version: int | None = None) -> int:
+        """Other weights, between two steps; returns their version (by default the last one and 1).
+
+        weights: all names and tensors of the model's state dict, as a mapping or pairs. Copied in place, so that
+        nothing else need be rebuilt. Requests go on: their next tokens come from the new weights, over the keys and
+        values of the old ones, as asynchronous RL has it; each token's version is in the completion. PunaError, and
+        nothing changed, for missing or unknown names and for other shapes or kinds of numbers.
+        """
+        if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
+            raise PunaError(f"version: must be an integer, not {version!r}")
+        load(self.model, weights)
+        self.version = self.version + 1 if version is None else version
+        return self.version
+
     @property
     def busy(self) -> bool:
         """Are there requests that are not finished?"""
@@ -173,12 +217,10 @@ class Engine:
         events, self._events = self._events, []
         return events
 
-    def _advance(
-        self, group: list[Running], forward: Callable[[list[Running]], tuple[list[Running], Tensor | None]]
-    ) -> None:
+    def _advance(self, group: list[Running], forward: Callable[[list[Running]], Pass]) -> None:
         """Runs `forward` on the group, or on each alone if together it fails, and gives out the tokens it leads to."""
         try:
-            ready, logits_BV = forward(group)
+            ready, logits_BTV, drafts, routes_BTL = forward(group)
         except Exception as error:  # whose fault it is shows when each runs alone
             if len(group) == 1:
                 self._finish(group[0], "error", error)
@@ -189,17 +231,22 @@ class Engine:
             return
         if not ready:
             return
-        chosen = choose(logits_BV, [request.chooser for request in ready], self._banned_V)
-        for request, result in zip(ready, chosen, strict=True):
-            if request.completion is not None:  # a sink may have aborted it
-                continue
-            if isinstance(result, Choice):
-                self._accept(request, result)
-            else:
-                self._finish(request, "error", result)
+        results = choose(logits_BTV, [request.chooser for request in ready], self._banned_V, drafts)
+        if drafts is not None:  # the newest token of each was fed, and its draft: what was confirmed of it counts
+            self.cache.advance([request.row for request in ready], [len(chosen) for chosen, _ in results])
+            self.drafted += sum(map(len, drafts))
+            self.accepted += sum(max(0, len(chosen) - 1) for chosen, _ in results)
+        for i, (request, (chosen, error)) in enumerate(zip(ready, results, strict=True)):
+            for t, choice in enumerate(chosen):
+                if request.completion is None:  # a stop, or a sink that aborted it
+                    if request.sampling.return_routes:
+                        request.routes.append(routes_BTL[i, t])
+                    self._accept(request, choice)
+            if error is not None and request.completion is None:
+                self._finish(request, "error", error)
 
-    def _prefill(self, group: list[Running]) -> tuple[list[Running], Tensor | None]:
-        """The next prompt slice of each; returns those whose prompt is complete, with their next logits [n, V]."""
+    def _prefill(self, group: list[Running]) -> Pass:
+        """The next prompt slice of each; those whose prompt is complete are ready."""
         lengths = [self.scheduler.slice_length(request) for request in group]
         width = max(lengths)
         tokens_BT = torch.full((len(group), width), self._pad)
@@ -214,10 +261,12 @@ class Engine:
         self.cache.reserve(max(r.row for r in group) + 1, max(r.length for r in group))
         view = self.cache.view([request.row for request in group], width)
         features_nD = torch.cat(features) if any(len(f) for f in features) else None
-        hidden_BTD = self.model.hidden(tokens_BT.to(self.device), features=features_nD, cache=view)
+        with self._routes(group) as routes:
+            hidden_BTD = self.model.hidden(tokens_BT.to(self.device), features=features_nD, cache=view)
         done = [i for i, (r, n) in enumerate(zip(group, lengths, strict=True)) if r.fed + n == r.length]
         last = [lengths[i] - 1 for i in done]
-        logits_BV = self.model.head(hidden_BTD[done, last]) if done else None
+        logits_BTV = self.model.head(hidden_BTD[done, last])[:, None] if done else None
+        routes_BTL = _routes_of(routes, lambda ids_BT: ids_BT[done, last][:, None])
         self.cache.advance([request.row for request in group], lengths)  # from here on nothing may fail
         for request, n in zip(group, lengths, strict=True):
             request.fed += n
@@ -226,21 +275,37 @@ class Engine:
             request.features = None
             if (rows := self.scheduler.promote(request)) is not None:
                 self.cache.swap(*rows)
-        return ready, logits_BV
+        return Pass(ready, logits_BTV, None, routes_BTL)
 
     def _encode_pictures(self, tiles: Tensor) -> Tensor:
         """Tiles [n, 3, S, S] to the features of their patch tokens, [n · tokens_per_tile, D]."""
         parts = [self.model.image_features(part.to(self.device)).flatten(0, 1) for part in tiles.split(TILES_AT_ONCE)]
         return torch.cat(parts)
 
-    def _decode(self, group: list[Running]) -> tuple[list[Running], Tensor]:
-        """Feeds each its newest token; returns all of them with logits [n, V]."""
-        rows = [request.row for request in group]
-        tokens_B1 = torch.tensor([[request.tokens[-1]] for request in group], device=self.device)
-        hidden_B1D = self.model.hidden(tokens_B1, cache=self.cache.view(rows, 1))
-        logits_BV = self.model.head(hidden_B1D[:, 0])
-        self.cache.advance(rows, [1] * len(rows))
-        return group, logits_BV
+    def _decode(self, group: list[Running]) -> Pass:
+        """Feeds each its newest token and its draft; all are ready."""
+        rows, drafts = [request.row for request in group], self._drafts(group)
+        width = 1 + max(map(len, drafts))
+        fed = [[request.tokens[-1], *draft] for request, draft in zip(group, drafts, strict=True)]
+        tokens_BT = torch.tensor([ids + [self._pad] * (width - len(ids)) for ids in fed], device=self.device)
+        with self._routes(group) as routes:
+            hidden_BTD = self.model.hidden(tokens_BT, cache=self.cache.view(rows, width))
+        return Pass(group, self.model.head(hidden_BTD), drafts, _routes_of(routes))
+
+    def _drafts(self, group: list[Running]) -> list[list[int]]:
+        """A draft for each, of a length that all rows have room for: up to their chunks' borders."""
+        most = min(self.speculate, CHECKED // len(group) - 1)
+        for request in group:
+            most = min(most, self.cache.room(request.row) - 1, self.max_context - self.cache.lengths[request.row] - 1)
+        if self.drafter is None or most < 1:
+            return [[] for _ in group]
+        drafts = self.drafter.propose(group, most)
+        return [usable(request, draft) for request, draft in zip(group, drafts, strict=True)]
+
+    def _routes(self, group: list[Running]):
+        """Records the experts of a forward pass, if one of the group wants to know them."""
+        wanted = any(request.sampling.return_routes for request in group)
+        return record_routes(self.model) if wanted else nullcontext([])
 
     def _accept(self, request: Running, choice: Choice) -> None:
         """The request's next token was chosen: text, stops and limits."""
@@ -249,6 +314,7 @@ class Engine:
             request.first = time.perf_counter()
         request.tokens.append(token)
         request.choices.append(choice)
+        request.versions.append(self.version)
         if token in request.stop_ids:
             self._finish(request, "stop")
             return
@@ -266,6 +332,8 @@ class Engine:
         """The request leaves: its row is given to another and its last event is sent."""
         row, moves = request.row, self.scheduler.remove(request)
         del self._requests[request.id]
+        if self.drafter is not None:
+            self.drafter.forget(request.id)
         if row >= 0:
             self.cache.free(row, wipe=reason in ("abort", "error"))
             for source, target in moves:
@@ -363,6 +431,13 @@ class Engine:
         finally:
             self.abort(id)
             self._events = held + self._events
+
+
+def _routes_of(routes: list[Tensor], pick=lambda ids_BT: ids_BT) -> np.ndarray | None:
+    """The experts that `record_routes` noted, as int16 [B, T, MoE layers]."""
+    if not routes:
+        return None
+    return torch.stack([pick(ids_BT) for ids_BT in routes], dim=-1).to(torch.int16).cpu().numpy()
 
 
 def _settings(caller: str, **sampling) -> Sampling:

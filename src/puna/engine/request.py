@@ -35,6 +35,8 @@ class Completion:
     request alone). prompt_tokens: length of the prompt, cached_tokens: of these, those taken from the prefix cache.
     prefill_seconds: from getting a place in the batch to the first token; tokens_per_second: of the tokens after it (0
     if there are none). top_logprobs: for each token, the likeliest ones and their log-probabilities (raw logits).
+    versions: of the weights that chose each token. routes (where asked for): int16 [tokens, MoE layers, 1], the experts
+    at the position whose output is the token: at the prompt's last one, then at each token's but the last.
     """
 
     id: str
@@ -47,7 +49,14 @@ class Completion:
     tokens_per_second: float = 0.0
     error: Exception | None = None
     cached_tokens: int = 0
+    versions: list[int] = field(default_factory=list)
+    routes: np.ndarray | None = None
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+
+    @property
+    def version(self) -> tuple[int, int] | None:
+        """The weights' versions at the first and at the last token."""
+        return (self.versions[0], self.versions[-1]) if self.versions else None
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,9 @@ class Running:
     row: int = -1
     arrival: int = 0
     tokens: list[int] = field(default_factory=list)
-    choices: list[Choice] = field(default_factory=list)  # one for each token
+    choices: list[Choice] = field(default_factory=list)  # one for each token, as of the next two
+    versions: list[int] = field(default_factory=list)
+    routes: list[np.ndarray] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     completion: Completion | None = None
     admitted: float = 0.0
@@ -203,6 +214,7 @@ class Running:
         """Closes the request; the engine sends the result."""
         now = time.perf_counter()
         after = len(self.tokens) - 1
+        routes = np.stack(self.routes)[..., None] if self.routes else None
         self.completion = Completion(
             id=self.id,
             text="".join(self.pieces),
@@ -213,6 +225,8 @@ class Running:
             prefill_seconds=self.first - self.admitted if self.tokens else 0.0,
             tokens_per_second=after / max(now - self.first, 1e-9) if after > 0 else 0.0,
             error=error,
+            versions=self.versions,
+            routes=routes,
             top_logprobs=[choice.top for choice in self.choices] if self.sampling.top_logprobs else [],
         )
         return self.completion

@@ -10,7 +10,8 @@ One row at a time, in this order (the order of the common engines):
     5. top-k: keep the k likeliest, renormalise
     6. top-p: keep the likeliest tokens until their mass reaches p, at least one (arXiv 1904.09751)
     7. min-p: keep those with at least min_p times the likeliest one's probability (arXiv 2407.01082)
-    8. draw: u uniform in [0, 1), then the first token whose cumulative probability exceeds u * (kept mass)
+    8. draw: u uniform in [0, 1), then the first token, in the order of ids, whose cumulative probability exceeds
+       u * (kept mass); in the order of likelihood a last bit could exchange two tokens
 
 All that a choice depends on besides the logits is the request's `Chooser`: `sample` reads it, `push` moves it on by one
 token. It owns a random generator and takes exactly one u per token from it. So a seed gives the same draws whoever else
@@ -229,7 +230,7 @@ def _draw(probs_NW: Tensor, uniform_N1: Tensor) -> Tensor:
     return torch.where(index < probs_NW.shape[-1], index, probs_NW.argmax(-1))  # u·total rounded up to total
 
 
-def _scores(logits_BV: Tensor, choosers: Sequence[Chooser], banned_V: Tensor | None) -> Tensor:
+def _scores(logits_BV: Tensor, choosers: Sequence[Chooser], banned_V: Tensor | None, ahead: int) -> Tensor:
     """Steps 1 to 3 of the module's docstring; the rows of requests that want none of it stay as they are."""
     scores_BV = logits_BV.clone() if banned_V is None else logits_BV.masked_fill(banned_V, -math.inf)
     rows = [row for row, chooser in enumerate(choosers) if chooser.seen_V is not None]
@@ -242,7 +243,7 @@ def _scores(logits_BV: Tensor, choosers: Sequence[Chooser], banned_V: Tensor | N
     if rows:
         scores_BV[rows] += torch.stack([choosers[row].offset_V for row in rows])
     for row, chooser in enumerate(choosers):
-        if chooser.grammar is not None:
+        if chooser.grammar is not None and not ahead:  # further ahead it is not known yet
             allowed_V = chooser.grammar.allowed_V.to(scores_BV.device, non_blocking=True)
             scores_BV[row].masked_fill_(~allowed_V, -math.inf)
     return scores_BV
@@ -257,7 +258,7 @@ def sample(
     log-probability: the engine fails that request. ahead: draw as for the token this many after the next.
     """
     logits_BV = logits_BV.float()
-    scores_BV = _scores(logits_BV, choosers, banned_V)
+    scores_BV = _scores(logits_BV, choosers, banned_V, ahead)
     tokens_B = scores_BV.argmax(-1)
     groups: dict[tuple[int, float, float], list[int]] = {}
     for row, chooser in enumerate(choosers):
@@ -274,6 +275,8 @@ def sample(
         probs_NW, tokens_NW = torch.softmax(scores_NV / temperature_N1, dim=-1), None
         if top_k or top_p < 1:
             probs_NW, tokens_NW = kept_probabilities(probs_NW, top_k, top_p)
+            tokens_NW, order_NW = tokens_NW.sort(-1)
+            probs_NW = probs_NW.gather(-1, order_NW)
         if min_p:
             probs_NW = probs_NW.masked_fill(probs_NW < min_p * probs_NW.amax(-1, keepdim=True), 0)
         drawn_N = _draw(probs_NW, uniform_N1)
@@ -293,16 +296,33 @@ def sample(
 
 
 def choose(
-    logits_BV: Tensor, choosers: Sequence[Chooser], banned_V: Tensor | None = None
-) -> list[Choice | Exception]:
-    """Every row's next token, which its chooser has then moved past, or why that row has none."""
-    chosen: list[Choice | Exception] = []
-    for chooser, choice in zip(choosers, sample(logits_BV, choosers, banned_V), strict=True):
-        try:
-            if not math.isfinite(choice.logprob):
-                raise FloatingPointError("the model's logits are not finite")
-            chooser.push(choice.token)
-            chosen.append(choice)
-        except Exception as error:
-            chosen.append(error)
-    return chosen
+    logits_BTV: Tensor,
+    choosers: Sequence[Chooser],
+    banned_V: Tensor | None = None,
+    drafts: Sequence[Sequence[int]] | None = None,
+) -> list[tuple[list[Choice], Exception | None]]:
+    """Every row's next tokens, which its chooser has then moved past, and what went wrong behind them, if anything.
+
+    One token; and as long as a token is the one its row's draft has in that place, the next, from the next logits.
+    """
+    chosen: list[list[Choice]] = [[] for _ in choosers]
+    errors: list[Exception | None] = [None] * len(choosers)
+    rows = list(range(len(choosers)))
+    for t in range(logits_BTV.shape[1]):
+        logits_NV = logits_BTV[:, t] if len(rows) == len(choosers) else logits_BTV[rows, t]
+        confirmed = []
+        for row, choice in zip(rows, sample(logits_NV, [choosers[row] for row in rows], banned_V), strict=True):
+            try:
+                if not math.isfinite(choice.logprob):
+                    raise FloatingPointError("the model's logits are not finite")
+                choosers[row].push(choice.token)
+            except Exception as error:
+                errors[row] = error
+                continue
+            chosen[row].append(choice)
+            if drafts and t < len(drafts[row]) and choice.token == drafts[row][t]:
+                confirmed.append(row)
+        rows = confirmed
+        if not rows:
+            break
+    return list(zip(chosen, errors, strict=True))

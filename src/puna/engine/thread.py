@@ -17,12 +17,15 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import TypeVar
 
 from puna.engine.engine import Engine
 from puna.engine.request import Event
 from puna.engine.sampler import Sampling
 from puna.errors import PunaError
 
+Result = TypeVar("Result")
 log = logging.getLogger("puna.engine")
 
 
@@ -76,6 +79,19 @@ class EngineThread:
         request = self.engine.make(prepared, sampling, handle.id, handle.events.put)
         self._tell(lambda: self.engine.start(request))
         return handle
+
+    def call(self, function: Callable[[Engine], Result]) -> Result:
+        """What `function` returns or raises when the engine's thread calls it with the engine, between two steps."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(self.engine))
+            except Exception as error:
+                future.set_exception(error)
+
+        self._tell(run)
+        return future.result()
 
     def close(self) -> None:
         """Aborts what is running and ends the thread; returns when it has ended."""
