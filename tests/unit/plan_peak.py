@@ -6,11 +6,12 @@ argv[1] is JSON: {"what": "train" or "serve", "config": ModelConfig's, "dtype": 
 
 import json
 import sys
+from dataclasses import dataclass
 
 import torch
 
 from puna.data import Batch
-from puna.engine.cache import HybridCache
+from puna.engine.cache import HybridCache, page_size
 from puna.model import Llama4, ModelConfig
 from puna.optim import build_adamw
 from puna.train.step import train_step
@@ -37,17 +38,27 @@ def train(config, dtype, rows, seq_len, micros, steps=2):
         train_step(model, optimizer, batches, NextToken(), 1.0, 1024)
 
 
+@dataclass
+class Place:
+    row: int
+    pages: list[int]
+    fed: int
+
+
 @torch.inference_mode()
 def serve(config, dtype, rows, seq_len, micros):
     model = Llama4(config).to(dtype).eval()
-    cache = HybridCache(config, rows, dtype, max_context=seq_len)
-    cache.reserve(rows, seq_len)
-    for row in range(rows):
-        while cache.lengths[row] < seq_len - 1:
-            n = min(cache.room(row), seq_len - 1 - cache.lengths[row])
-            model.hidden(torch.randint(0, config.vocab_size, (1, n)), cache=cache.view([row], n))
-            cache.advance([row], [n])
-    model(torch.randint(0, config.vocab_size, (rows, 1)), cache=cache.view(range(rows), 1))
+    size = page_size(config)
+    each = -(-seq_len // size)
+    cache = HybridCache(config, rows, rows * each, dtype)
+    cache.reserve(rows, seq_len, rows * each)
+    places = [Place(row, list(range(row * each, (row + 1) * each)), 0) for row in range(rows)]
+    for place in places:
+        while place.fed < seq_len - 1:
+            n = min(config.chunk - place.fed % config.chunk, seq_len - 1 - place.fed)
+            model.hidden(torch.randint(0, config.vocab_size, (1, n)), cache=cache.view([place], [n]))
+            place.fed += n
+    model(torch.randint(0, config.vocab_size, (rows, 1)), cache=cache.view(places, [1] * rows))
 
 
 def main(asked: dict) -> int:

@@ -92,7 +92,7 @@ def test_no_answer_changes(model, tiny_processor, draft, speculate, options):
         assert [(d.text, d.finish_reason) for d in done] == [(d.text, d.finish_reason) for d in plain]
         for a, b in zip(done, plain, strict=True):
             torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=5e-5, rtol=0)
-        assert not engine.busy and engine.cache.lengths == [0] * engine.scheduler.rows
+        assert not engine.busy and engine.pages.free == engine.pages.total - engine.prefix.held
         if name != "lookup":
             assert 0 < engine.accepted <= engine.drafted
     right = engines["right"]
@@ -223,7 +223,8 @@ def test_aborts_and_rows_come_back(model, tiny_processor, draft):
             engine.step()
         engine.abort(one)
         assert test_engine.drain(engine)[two].tokens == expected
-    assert len(engine.drafter._free) == 2 and engine.drafter.cache.lengths == [0, 0] and not engine.drafter._rows
+    drafter = engine.drafter
+    assert len(drafter._free) == 2 and drafter.pages.free == drafter.pages.total and not drafter._places
 
 
 def test_refusals(model, tiny_processor):

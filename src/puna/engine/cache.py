@@ -12,9 +12,10 @@ Llama 4 has two kinds of attention layer (llama4-facts.md §1.6), and they remem
         after p = 4:   [k4 k1 k2 k3]                        seen by p = 4: slot 0 alone; k1 k2 k3 are dead
         after p = 6:   [k4 k5 k6 k3]                        seen by p = 6: slots 0..2
 
-* *Global* layers (NoPE, every fourth) see everything: slot = p, and the storage grows.
+* *Global* layers (NoPE, every fourth) see everything. They are stored in *pages* of P tokens (a chunk or a part of
+  one), which lie anywhere; the sequence lists its pages (pages.py, scheduler.py):
 
-        after p = 6:   [k0 k1 k2 k3 k4 k5 k6 .  ]           capacity 8, doubled when full
+        P = 2          pages of this sequence: 5 0 7 1      key of p is in page pages[p // P], slot p mod P
 
 Bytes a sequence of n tokens holds, with K key/value heads of d numbers of b bytes:
 
@@ -22,29 +23,41 @@ Bytes a sequence of n tokens holds, with K key/value heads of d numbers of b byt
 
 With 3 local layers to 1 global, the hybrid cache tends to a quarter of the other one (serving-and-evaluation.md B.1).
 
-Storage is one slab [rows, K, capacity, d] a layer for keys and one for values. A *row* is one sequence. A forward
-pass works on a `View`: some rows and the T tokens fed to each now; the view is what the model's attention sees
-(protocol `puna.model.attention.Cache`). Rows that are neighbours are read in place; others are gathered (a copy),
-so the engine keeps the rows it decodes together. Rows share their capacity, the longest one's: the price of reading
-a batch without a copy.
+Storage of a layer is [units, K, slots, d] for keys and as much for values. A unit is a sequence's *row* with C slots in
+a local layer, a page with P slots in a global one. A forward pass works on a `View`: some sequences and the tokens fed
+to each now. What it reads is not copied where that counts:
 
-A slice of T tokens must not straddle a chunk border (the caller cuts prompts there; `room` says how much fits).
-Shorter sequences are padded on the right: the padding's keys land in slots which are not valid yet, and the real
-tokens later overwrite them.
+* One token for each sequence (decoding). Local: the rows are neighbours (the scheduler sees to it) and one kernel reads
+  them in place. Global: pages that are neighbours are one batch of pages, each with the queries of those who read it;
+  the parts are joined by their weights (model/attend.py). A page which n answers share is read once for all.
+* A slice of a prompt. The new tokens see each other causally and everything before them without a mask; the two parts
+  are joined. Pages are brought together for this, some thousand keys at a time, which costs little beside the slice.
+
+Nothing is valid before the scheduler counts it (`fed`): a forward pass that failed can be repeated.
+
+A slice of T tokens must not straddle a chunk border. Shorter sequences are padded on the right, where causal attention
+never looks; only real tokens are stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import groupby
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from puna.errors import PunaError
+from puna.model.attend import join, join_rows, part
 from puna.model.config import ModelConfig
 
-MIN_CAPACITY = 64
-MAX_GROWTH = 2**16  # slots; a sequence of a million tokens should not double for its next one
+MAX_PAGE = 256  # tokens
+MAX_GROWTH = 2**16  # tokens; a sequence of a million should not double the storage for its next one
+MIN_SLOTS = 64
+PIECE = 8192  # keys of pages that are brought together at once
 
 
 def local_layers(config: ModelConfig) -> tuple[bool, ...]:
@@ -64,31 +77,58 @@ def bytes_all_layers(config: ModelConfig, length: int, dtype: torch.dtype = torc
     return 2 * config.n_kv_heads * config.head_dim * dtype.itemsize * config.n_layers * length
 
 
-class _Slab:
-    """Keys and values of one layer, [rows, K, capacity, d] each; both axes grow by doubling, up to their limits."""
+def page_size(config: ModelConfig) -> int:
+    """Tokens of a page: the largest part of a chunk, in whole numbers, up to MAX_PAGE."""
+    return next(n for n in range(min(MAX_PAGE, config.chunk), 0, -1) if config.chunk % n == 0)
 
-    def __init__(self, heads: int, width: int, limit: int, dtype: torch.dtype, device: torch.device):
-        self.limit = limit
+
+def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of a page in all global layers."""
+    layers = config.n_layers - sum(local_layers(config))
+    return 2 * config.n_kv_heads * config.head_dim * dtype.itemsize * layers * page_size(config)
+
+
+class Place(Protocol):
+    """Where a sequence's keys and values lie, and how many tokens of it are stored."""
+
+    row: int
+    pages: list[int]
+    fed: int
+
+
+class _Slab:
+    """Keys and values of one layer, [units, K, slots, d] each; grows by doubling, up to its limits."""
+
+    def __init__(self, heads: int, width: int, units: int, slots: int, dtype: torch.dtype, device: torch.device):
+        self.units, self.slots = units, slots
         self.key = torch.zeros(0, heads, 0, width, dtype=dtype, device=device)
         self.value = torch.zeros_like(self.key)
 
-    def reserve(self, rows: int, slots: int, max_rows: int) -> None:
-        have_rows, heads, have_slots, width = self.key.shape
-        slots = min(slots, self.limit)
-        if rows <= have_rows and slots <= have_slots:
+    def reserve(self, units: int, slots: int) -> None:
+        have, heads, have_slots, width = self.key.shape
+        slots = min(slots, self.slots)
+        if units <= have and slots <= have_slots:
             return
-        if rows > have_rows:
-            have_rows = min(max(rows, 2 * have_rows), max_rows)
+        if units > have:
+            have = min(max(units, have + min(have, max(1, MAX_GROWTH // slots))), self.units)
         if slots > have_slots:
-            have_slots = min(max(slots, have_slots + min(have_slots, MAX_GROWTH), MIN_CAPACITY), self.limit)
+            have_slots = min(max(slots, 2 * have_slots, MIN_SLOTS), self.slots)
+        self._resize(have, heads, have_slots, width)
+
+    def shrink(self, units: int) -> None:
+        """Gives back all behind the first units."""
+        if units < len(self.key):
+            self._resize(units, *self.key.shape[1:])
+
+    def _resize(self, *shape: int) -> None:
         # Plain tensors, so that a cache made under inference_mode can be used outside it; zeros, since an attention
         # weight of 0 times an uninitialised NaN would be NaN.
         with torch.inference_mode(False):
             for name in ("key", "value"):
                 old = getattr(self, name)
-                new = old.new_zeros(have_rows, heads, have_slots, width)
-                if old.numel():
-                    new[: old.shape[0], :, : old.shape[2]] = old
+                new = old.new_zeros(shape)
+                units, slots = min(len(old), len(new)), old.shape[2]
+                new[:units, :, :slots] = old[:units]
                 setattr(self, name, new)
 
     @property
@@ -97,161 +137,231 @@ class _Slab:
 
 
 class HybridCache:
-    """Keys and values of up to `rows` sequences of up to `max_context` tokens; `lengths[row]` of each are stored.
+    """Keys and values of up to `rows` sequences, in local layers, and of up to `pages` pages, in global ones.
 
-    The engine asks for a `view` of some rows, runs the model with it, and then calls `advance`. Until then nothing
-    has happened: a forward pass that failed can be repeated, as its keys lie beyond the valid length.
+    It knows nothing of sequences: who has which row and pages is told with every view.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         rows: int,
+        pages: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        max_context: int | None = None,
     ):
-        if rows < 1:
-            raise PunaError(f"the cache needs at least one row, not {rows}")
-        self.config, self.rows, self.dtype, self.device = config, rows, dtype, torch.device(device)
-        self.max_context = max_context or config.max_context
+        if rows < 1 or pages < 1:
+            raise PunaError(f"the cache needs at least one row and one page, not {rows} and {pages}")
+        self.config, self.page, self.dtype, self.device = config, page_size(config), dtype, torch.device(device)
+        self.piece = max(1, PIECE // self.page) * self.page
         self.local = local_layers(config)
-        self.lengths = [0] * rows
-        self._allocate()
+        shapes = [(rows, config.chunk) if local else (pages, self.page) for local in self.local]
+        heads, width = config.n_kv_heads, config.head_dim
+        self.slabs = [_Slab(heads, width, *shape, dtype, self.device) for shape in shapes]
 
-    def _allocate(self) -> None:
-        c, everything = self.config, self.max_context
-        limits = [min(c.chunk, everything) if local else everything for local in self.local]
-        self.slabs = [_Slab(c.n_kv_heads, c.head_dim, limit, self.dtype, self.device) for limit in limits]
+    def reserve(self, rows: int, slots: int, pages: int) -> None:
+        """Makes room for rows 0 … rows-1 with so many slots, and for pages 0 … pages-1."""
+        for slab, local in zip(self.slabs, self.local, strict=True):
+            slab.reserve(*((rows, slots) if local else (pages, self.page)))
 
-    # ---- rows
-
-    def reserve(self, rows: int, length: int) -> None:
-        """Makes room at once for rows 0 … rows-1 of `length` tokens (a long prompt then grows without doublings)."""
-        for slab in self.slabs:
-            slab.reserve(rows, length, self.rows)
-
-    def room(self, row: int) -> int:
-        """How many tokens the row can take in one slice: up to its next chunk border."""
-        return self.config.chunk - self.lengths[row] % self.config.chunk
-
-    def advance(self, rows: Sequence[int], counts: Sequence[int]) -> None:
-        """The forward pass is done: counts[i] of the tokens fed to rows[i] are real and now valid."""
-        for row, count in zip(rows, counts, strict=True):
-            self.lengths[row] += count
-
-    def free(self, row: int, wipe: bool = False) -> None:
-        """Empties the row. `wipe` also zeroes it: after a failure it may hold NaN, which even a mask lets through."""
-        self.lengths[row] = 0
-        if wipe:
-            for slab in self.slabs:
-                slab.key[row : row + 1].zero_()
-                slab.value[row : row + 1].zero_()
-
-    def move(self, source: int, target: int) -> None:
-        """Row `source` becomes row `target` (whose content is lost); only valid slots are copied."""
-        self._copy(source, target)
-        self.lengths[target], self.lengths[source] = self.lengths[source], 0
-
-    def swap(self, a: int, b: int) -> None:
-        """Exchanges two rows."""
-        self._copy(a, b, exchange=True)
-        self.lengths[a], self.lengths[b] = self.lengths[b], self.lengths[a]
-
-    def _copy(self, source: int, target: int, exchange: bool = False) -> None:
-        if source == target:
-            return
-        length = max(self.lengths[source], self.lengths[target]) if exchange else self.lengths[source]
-        if not length:  # a row that waits for its first slice, maybe beyond the storage there is
-            return
-        self.reserve(max(source, target) + 1, length)
-        for slab in self.slabs:
-            stop = min(length, slab.limit)  # a local buffer past its first border: all of it, dead slots included
-            for store in (slab.key, slab.value):
-                kept = store[target, :, :stop].clone() if exchange else None
-                store[target, :, :stop] = store[source, :, :stop]
-                if kept is not None:
-                    store[source, :, :stop] = kept
-
-    def release(self) -> None:
-        """Gives all storage back (the engine does when it runs empty after a very long sequence)."""
-        self.lengths = [0] * self.rows
-        self._allocate()
+    def shrink(self, rows: int, pages: int) -> None:
+        """Gives storage back: of rows and pages behind the first ones."""
+        for slab, local in zip(self.slabs, self.local, strict=True):
+            slab.shrink(rows if local else pages)
 
     @property
     def nbytes(self) -> int:
         """Bytes of storage held now, unused capacity included."""
         return sum(slab.nbytes for slab in self.slabs)
 
-    # ---- the forward pass
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Row `source` becomes row `target`, whose content is lost; only the first slots count."""
+        self._copy(source, target, tokens, False)
 
-    def view(self, rows: Sequence[int], tokens: int) -> View:
-        """The cache as a batch of these rows, each fed `tokens` more tokens (in the order of `rows`)."""
-        return View(self, list(rows), tokens)
+    def swap(self, a: int, b: int, tokens: int) -> None:
+        """Exchanges two rows."""
+        self._copy(a, b, tokens, True)
 
-
-class _Window:
-    """Where this step's keys go in layers of one kind, which stored ones are read, and which each query may see.
-
-    `first[i]` is the slot of row i's first new token; keys of slots 0 … stop-1 are read.
-    """
-
-    def __init__(self, first: list[int], tokens: int, device: torch.device):
-        self.stop = max(first) + tokens
-        self.first = first[0] if min(first) == max(first) else None  # None: rows stand at different slots
-        self.causal = self.stop == tokens  # nothing stored before: plain causal attention among the new tokens
-        if self.causal:
-            self.slots_BT = self.mask_BTS = None
+    def _copy(self, source: int, target: int, tokens: int, exchange: bool) -> None:
+        if not tokens:  # a row without a token in this chunk, maybe beyond the storage there is
             return
-        slots_BT = torch.tensor([[self.first]] if self.first is not None else [[f] for f in first], device=device)
-        slots_BT = slots_BT + torch.arange(tokens, device=device)
-        self.mask_BTS = torch.arange(self.stop, device=device) <= slots_BT[:, :, None]
-        self.mask_BTS = self.mask_BTS.expand(len(first), tokens, self.stop)
-        self.slots_BT = slots_BT if self.first is None else None
+        self.reserve(max(source, target) + 1, tokens, 0)
+        for store in self._stores(True):
+            kept = store[target, :, :tokens].clone() if exchange else None
+            store[target, :, :tokens] = store[source, :, :tokens]
+            if kept is not None:
+                store[source, :, :tokens] = kept
+
+    def wipe(self, row: int, pages: Sequence[int]) -> None:
+        """Zeroes them: after a failure they may hold NaN, which even a mask lets through."""
+        for local, units in ((True, [row]), (False, pages)):
+            for store in self._stores(local):
+                store[[unit for unit in units if unit < len(store)]] = 0
+
+    def _stores(self, local: bool) -> list[Tensor]:
+        slabs = [slab for slab, kind in zip(self.slabs, self.local, strict=True) if kind == local]
+        return [store for slab in slabs for store in (slab.key, slab.value)]
+
+    def view(self, places: Sequence[Place], tokens: Sequence[int], rows: int = 0) -> View:
+        """These sequences as a batch, the i-th fed tokens[i] more tokens. Rows of the batch behind them, up to `rows`
+        in all, stand for nobody."""
+        return View(self, places, tokens, rows)
 
 
 class View:
     """One forward pass's sight of the cache (implements `puna.model.attention.Cache`)."""
 
-    def __init__(self, cache: HybridCache, rows: list[int], tokens: int):
-        if not rows or tokens < 1:
-            raise ValueError("a view needs at least one row and one token")
-        chunk, starts = cache.config.chunk, [cache.lengths[row] for row in rows]
-        for row, start in zip(rows, starts, strict=True):
-            if start + tokens > cache.max_context:
-                raise PunaError(
-                    f"{start + tokens} tokens do not fit in the context of {cache.max_context}; shorten the prompt"
-                )
-            if start % chunk + tokens > chunk:
-                raise ValueError(
-                    f"row {row}: a slice of {tokens} tokens from {start} straddles a border of chunks of {chunk}"
-                )
-        cache.reserve(max(rows) + 1, max(starts) + tokens)
-        self.cache, self.starts, self.tokens = cache, starts, tokens
-        neighbours = rows == list(range(rows[0], rows[0] + len(rows)))
-        self.rows = slice(rows[0], rows[0] + len(rows)) if neighbours else torch.tensor(rows, device=cache.device)
-        self._rows_B1 = torch.tensor(rows, device=cache.device)[:, None]
-        self._global = _Window(starts, tokens, cache.device)
-        local = [start % chunk for start in starts]
-        self._local = self._global if local == starts else _Window(local, tokens, cache.device)
+    def __init__(self, cache: HybridCache, places: Sequence[Place], tokens: Sequence[int], rows: int = 0):
+        if not places or len(places) != len(tokens) or min(tokens) < 1:
+            raise ValueError("a view needs at least one sequence, and at least one token for each")
+        chunk, page = cache.config.chunk, cache.page
+        self.cache, self.places, self.width, self.batch = cache, places, max(tokens), max(rows, len(places))
+        self.starts = [place.fed for place in places]
+        self.first = [start % chunk for start in self.starts]  # slot of the first new token in local layers
+        for place, n, first in zip(places, tokens, self.first, strict=True):
+            if first + n > chunk:
+                raise ValueError(f"{n} tokens from {place.fed} on straddle a border of chunks of {chunk}")
+            if place.fed + n > len(place.pages) * page:
+                raise ValueError(f"{place.fed + n} tokens do not fit in {len(place.pages)} pages of {page}")
+        last = max(max(place.pages) for place in places)
+        slots = max(first + n for first, n in zip(self.first, tokens, strict=True))
+        cache.reserve(max(place.row for place in places) + 1, slots, last + 1)
+        # Of each new token: which of the batch it is, and its unit and slot in layers of both kinds.
+        new = [(i, t, s + t) for i, (s, n) in enumerate(zip(self.starts, tokens, strict=True)) for t in range(n)]
+        self._new = self._index([i for i, _, _ in new]), self._index([t for _, t, _ in new])
+        self._local = self._index([places[i].row for i, _, _ in new]), self._index([p % chunk for _, _, p in new])
+        pages = self._index([places[i].pages[p // page] for i, _, p in new])
+        self._global = pages, self._index([p % page for _, _, p in new])
+
+    def _index(self, numbers: Sequence) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self.cache.device)
 
     def positions_BT(self, tokens: int) -> Tensor:
         """Positions in the document of the tokens fed now: int64 [B, T]."""
-        if tokens != self.tokens:
-            raise ValueError(f"this view was made for {self.tokens} tokens a row, not {tokens}")
-        device = self.cache.device
-        return torch.tensor(self.starts, device=device)[:, None] + torch.arange(tokens, device=device)
+        if tokens != self.width:
+            raise ValueError(f"this view was made for {self.width} tokens a row, not {tokens}")
+        starts = self.starts + [0] * (self.batch - len(self.starts))
+        return self._index(starts)[:, None] + torch.arange(tokens, device=self.cache.device)
 
-    def extend(self, layer: int, k_BKTd: Tensor, v_BKTd: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Stores the layer's new keys and values; returns all [B,K,S,d] and who sees what [B,T,S] (None: causal)."""
-        slab = self.cache.slabs[layer]
-        window = self._local if self.cache.local[layer] else self._global
-        if window.first is not None:
-            slab.key[self.rows, :, window.first : window.stop] = k_BKTd.to(slab.key.dtype)
-            slab.value[self.rows, :, window.first : window.stop] = v_BKTd.to(slab.value.dtype)
-        else:
-            slab.key[self._rows_B1, :, window.slots_BT] = k_BKTd.transpose(1, 2).to(slab.key.dtype)
-            slab.value[self._rows_B1, :, window.slots_BT] = v_BKTd.transpose(1, 2).to(slab.value.dtype)
-        if window.causal:
-            return k_BKTd, v_BKTd, None
-        return slab.key[self.rows, :, : window.stop], slab.value[self.rows, :, : window.stop], window.mask_BTS
+    def attend(self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        """Stores the layer's new keys and values; returns what the queries see of them and of all before."""
+        slab, local = self.cache.slabs[layer], self.cache.local[layer]
+        unit_N, slot_N = self._local if local else self._global
+        slab.key[unit_N, :, slot_N] = k_BTKd[self._new].to(slab.key.dtype)
+        slab.value[unit_N, :, slot_N] = v_BTKd[self._new].to(slab.value.dtype)
+        if self.width > 1:
+            return self._slice(slab, local, q_BTHd, k_BTKd, v_BTKd)
+        q_BKRd = q_BTHd.reshape(len(q_BTHd), k_BTKd.shape[2], -1, q_BTHd.shape[-1])  # queries of one key as one's
+        out_BKRd = self._rows(slab, q_BKRd) if local else self._pages(slab, q_BKRd)
+        return out_BKRd.to(q_BTHd.dtype).reshape(q_BTHd.shape)
+
+    # ---- one token each
+
+    def _rows(self, slab: _Slab, q_BKRd: Tensor) -> Tensor:
+        """Local layers: slots 0 … first of each row, and no more."""
+        rows = [place.row for place in self.places]
+        neighbours = rows == list(range(rows[0], rows[0] + len(rows)))
+        which = slice(rows[0], rows[0] + len(rows)) if neighbours else rows
+        key, value = (x[which, :, : max(self.first) + 1] for x in (slab.key, slab.value))
+        return F.scaled_dot_product_attention(q_BKRd, key, value, attn_mask=self._rows_mask)
+
+    @cached_property
+    def _rows_mask(self) -> Tensor | None:
+        """[B, 1, 1, S], or None where all rows stand at the same slot."""
+        return self._hide(self.first, max(self.first) + 1)
+
+    def _hide(self, last: Sequence[int], slots: int) -> Tensor | None:
+        """Additive mask [n, 1, 1, slots] of the slots behind the last ones; None if there are none."""
+        if min(last) + 1 >= slots:
+            return None
+        hidden_nS = torch.arange(slots, device=self.cache.device) > self._index(last)[:, None]
+        mask_nS = torch.zeros(hidden_nS.shape, dtype=self.cache.dtype, device=self.cache.device)
+        return mask_nS.masked_fill_(hidden_nS, float("-inf"))[:, None, None]
+
+    def _pages(self, slab: _Slab, q_BKRd: Tensor) -> Tensor:
+        """Global layers: run by run, then joined."""
+        parts, weights = [], []
+        for pages, row_nW, mask in self._runs:
+            q_nKWd = q_BKRd[row_nW].transpose(1, 2).flatten(2, 3)  # all that read a page, as one's queries
+            out, weight = part(q_nKWd, slab.key[pages], slab.value[pages], mask)
+            readers = row_nW.shape[1]
+            parts.append(out.unflatten(2, (readers, -1)).transpose(1, 2).flatten(0, 1))
+            weights.append(weight.unflatten(2, (readers, -1)).transpose(1, 2).flatten(0, 1))
+        row_N = torch.cat([row_nW.flatten() for _, row_nW, _ in self._runs])
+        if len(row_N) == len(q_BKRd):  # a page each
+            return torch.empty_like(q_BKRd).index_copy_(0, row_N, torch.cat(parts))
+        return join_rows(torch.cat(parts), torch.cat(weights), row_N, len(q_BKRd))
+
+    @cached_property
+    def _runs(self) -> list[tuple[slice, Tensor, Tensor | None]]:
+        """Neighbouring pages with as many readers each: (pages, their readers [n, W], additive mask [n, 1, 1, P])."""
+        size, readers, last = self.cache.page, {}, {}
+        for i, (place, start) in enumerate(zip(self.places, self.starts, strict=True)):
+            for page in place.pages[: start // size + 1]:
+                readers.setdefault(page, []).append(i)
+            last[page] = start % size  # slot of the newest token; a page with several readers is full
+        runs: list[list[int]] = []
+        for page in sorted(readers):
+            if runs and page == runs[-1][-1] + 1 and len(readers[page]) == len(readers[runs[-1][0]]):
+                runs[-1].append(page)
+            else:
+                runs.append([page])
+        return [
+            (slice(run[0], run[-1] + 1), self._index([readers[page] for page in run]),
+             self._hide([last.get(page, size - 1) for page in run], size))
+            for run in runs
+        ]  # fmt: skip
+
+    # ---- a slice
+
+    def _slice(self, slab: _Slab, local: bool, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        """The new tokens among themselves, joined with each row's past."""
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHd, k_BTKd, v_BTKd))
+        out_BHTd, weight_BHT = part(q, k, v, causal=True)
+        past = self.first if local else self.starts
+        if any(past):
+            out_BHTd = out_BHTd.float()
+            rows = (1, k.shape[1], -1, q.shape[-1])  # all heads of a key and all new tokens as one's queries
+            for i in (i for i, n in enumerate(past) if n):
+                whole = out_BHTd[i].reshape(rows), weight_BHT[i].reshape(rows[:3])
+                for key, value in self._past(slab, local, self.places[i], past[i]):
+                    whole = join(whole, part(q[i].reshape(rows), key, value))
+                out_BHTd[i] = whole[0].view(out_BHTd[i].shape)
+        return out_BHTd.to(q_BTHd.dtype).transpose(1, 2)
+
+    def _past(self, slab: _Slab, local: bool, place: Place, n: int):
+        """Keys and values of the n tokens before, piece by piece."""
+        if local:
+            yield slab.key[place.row, None, :, :n], slab.value[place.row, None, :, :n]
+            return
+        for start in range(0, n, self.cache.piece):
+            yield self._gather(slab, place, start, min(n, start + self.cache.piece))
+
+    def _gather(self, slab: _Slab, place: Place, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of tokens start (where a page begins) … stop-1 in one piece: [1, K, S, d]."""
+        pages = self._index(place.pages[start // self.cache.page : -(-stop // self.cache.page)])
+        key, value = (x[pages].transpose(0, 1).flatten(1, 2)[None, :, : stop - start] for x in (slab.key, slab.value))
+        return key, value
+
+
+class Apart(View):
+    """One token each, and each attends alone to its keys in one piece, so that its bits depend on nothing else.
+
+    Successive tokens of one sequence may stand in it as if they were several.
+    """
+
+    def _rows(self, slab: _Slab, q_BKRd: Tensor) -> Tensor:
+        return self._alone(q_BKRd, self.first, lambda at, n: (slab.key[at.row, None], slab.value[at.row, None]))
+
+    def _pages(self, slab: _Slab, q_BKRd: Tensor) -> Tensor:
+        return self._alone(q_BKRd, self.starts, lambda at, n: self._gather(slab, at, 0, n))
+
+    def _alone(self, q_BKRd: Tensor, last: Sequence[int], read) -> Tensor:
+        out_BKRd = torch.zeros_like(q_BKRd)
+        for _, members in groupby(range(len(self.places)), lambda i: self.places[i].row):
+            own = list(members)
+            key, value = read(self.places[own[0]], last[own[-1]] + 1)
+            for i in own:
+                stop = last[i] + 1
+                out_BKRd[i] = part(q_BKRd[i, None], key[:, :, :stop], value[:, :, :stop])[0]
+        return out_BKRd

@@ -6,12 +6,14 @@
 
 Underneath, requests are added at any time (`add_request`) and `step` advances all of them: one slice of waiting
 prompts, then one forward pass that gives every running answer its next token. Who finishes leaves at once and a
-waiting request takes the place (scheduler.py). Keys and values live in the hybrid cache (cache.py), tokens are
-chosen in sampler.py, text is cut in text.py; this file joins them.
+waiting request takes the place; who finds no memory waits or goes back to waiting (scheduler.py). Keys and values live
+in the hybrid cache (cache.py) and, for prompts that begin alike, in the prefix cache (prefix.py); forward.py runs the
+model, tokens are chosen in sampler.py, text is cut in text.py; this file joins them.
 
 Three promises:
 
-* *Independence.* An answer does not depend on who else is in the batch (up to the order of floating-point sums).
+* *Independence.* An answer does not depend on who else is in the batch: up to the order of floating-point sums (the
+  same requests in the same order at the same state of the engine: the same bits), or to the bit with `batch_invariant`.
 * *Isolation.* Whatever goes wrong with one request (a NaN, an exception in the forward pass) ends that request
   alone: a failed batch is repeated one request at a time, which is safe since the cache only counts what was
   completed.
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -33,18 +35,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from puna.engine.cache import HybridCache
+from puna.engine import ask
+from puna.engine.cache import HybridCache, page_bytes, page_size
 from puna.engine.constrain import Grammars
-from puna.engine.request import Completion, Event, Prompt, Running, Sink, prepare
+from puna.engine.forward import Forward
+from puna.engine.pages import Pages
+from puna.engine.prefix import PrefixCache
+from puna.engine.request import Event, Prompt, Running, Sink, prepare
 from puna.engine.sampler import Choice, Sampling, choose
 from puna.engine.scheduler import Scheduler
-from puna.engine.speculate import CHECKED, DRAFT_TOKENS, Draft, Drafter, Lookup, usable
+from puna.engine.speculate import CHECKED, DRAFT_TOKENS, Draft, Lookup, usable
 from puna.engine.weights import Weights, load
 from puna.errors import PunaError
 from puna.model.moe import record_routes
 
 PREFILL_TOKENS = 2048  # most prompt tokens of one forward pass
-TILES_AT_ONCE = 16  # most tiles of one pass through the vision tower
+PREFIX_BYTES = 2**27
 KEEP_BYTES = 2**28  # an idle engine gives its cache back if it is larger than this
 
 
@@ -53,7 +59,6 @@ class Pass(NamedTuple):
 
     ready: list[Running]
     logits_BTV: Tensor | None
-    drafts: list[list[int]] | None  # what was fed behind each one's newest token; None: these were prompts
     routes_BTL: np.ndarray | None  # int16: the experts at the positions of the logits
 
 
@@ -63,8 +68,11 @@ class Engine:
     model: a `puna.model.Llama4`; it is used in evaluation mode, and left in the mode it was in. processor: None for
     a model without a tokenizer (prompts are then token ids, and answers have no text). max_context: most tokens of
     a prompt with its answer, at most and by default the model's own. prefill_tokens: most prompt tokens of one
-    forward pass. speculate: most tokens that are guessed and checked at once (speculate.py), from the text itself or by
-    `draft`, a small model of the same family; 0 without a draft: none.
+    forward pass. cache_bytes: most memory for keys and values of global layers, beyond which answers are preempted (by
+    default as much as max_batch sequences can need); prefix_cache_bytes: of these, what may be kept for prompts to come
+    (0: nothing). batch_invariant: equal bits whatever else runs (forward.py), several times slower. speculate: most
+    tokens that are guessed and checked at once (speculate.py), from the text itself or by `draft`, a small model of the
+    same family; 0 without a draft: none.
     """
 
     def __init__(
@@ -74,15 +82,23 @@ class Engine:
         max_batch: int = 32,
         max_context: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
+        cache_bytes: int | None = None,
+        prefix_cache_bytes: int = PREFIX_BYTES,
+        batch_invariant: bool = False,
         speculate: int = 0,
         draft=None,
     ):
         config = model.config
+        page = page_bytes(config, model.dtype)
+        for name, value, least in (
+            ("max_batch", max_batch, 1), ("prefill_tokens", prefill_tokens, 1),
+            ("prefix_cache_bytes", prefix_cache_bytes, 0),
+            ("cache_bytes", page if cache_bytes is None else cache_bytes, page),
+        ):  # fmt: skip
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise PunaError(f"{name}: must be an integer of at least {least}, not {value!r}")
         if isinstance(speculate, bool) or not isinstance(speculate, int) or not 0 <= speculate < CHECKED:
             raise PunaError(f"speculate: must be an integer from 0 to {CHECKED - 1}, not {speculate!r}")
-        for name, value in (("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise PunaError(f"{name}: must be an integer of at least 1, not {value!r}")
         if max_context is not None and not 2 <= max_context <= config.max_context:
             raise PunaError(
                 f"max_context: must be at least 2 and at most the model's {config.max_context}, not {max_context}"
@@ -95,24 +111,29 @@ class Engine:
         self.model, self.processor, self.config = model, processor, config
         self.max_context = max_context or config.max_context
         self.device = next(model.parameters()).device
-        self.cache = HybridCache(config, max_batch, model.dtype, self.device, self.max_context)
-        self.scheduler = Scheduler(max_batch, config.chunk, prefill_tokens)
+        size = page_size(config)
+        total = max_batch * -(-self.max_context // size)
+        if cache_bytes is not None:
+            total = min(total, cache_bytes // page)
+        self.pages = Pages(size, total)
+        self.prefix = PrefixCache(self.pages, min(total, prefix_cache_bytes // page))
+        self.cache = HybridCache(config, max_batch, total, model.dtype, self.device)
+        self.scheduler = Scheduler(max_batch, config.chunk, prefill_tokens, self.prefix, self.cache)
+        self.forward = Forward(model, self.cache, batch_invariant)
+        self.version = 0  # of the weights
+        self._weights = [*model.parameters(), *model.buffers()]
+        self._stamp = self._written()
+        self._tokens_generated = self._tokens_prefilled = 0
         self._requests: dict[str, Running] = {}
         self._events: list[Event] = []  # of requests without a sink, for step() to return
         self._numbers = itertools.count(1)
-        self._pad = 1 if config.patch_token == 0 else 0
         self._banned_V = self._banned()
         self.grammars = Grammars(processor and processor.tokenizer, config.vocab_size)
         self.speculate = speculate or (DRAFT_TOKENS if draft is not None else 0)
-        self.drafter = self._drafter(draft)
+        self.drafter = Lookup() if self.speculate else None
+        if draft is not None:
+            self.drafter = Draft(draft, config, max_batch, self.max_context, prefill_tokens, self._banned_V)
         self.drafted = self.accepted = 0  # guessed tokens that were checked, and those of them that were right
-        self.version = 0  # of the weights
-
-    def _drafter(self, draft) -> Drafter | None:
-        if draft is None:
-            return Lookup() if self.speculate else None
-        rows, slices = self.scheduler.rows, self.scheduler.prefill_tokens
-        return Draft(draft, self.config, rows, self.max_context, slices, self._banned_V)
 
     def _banned(self) -> Tensor | None:
         """bool [V]: control tokens that don't end an answer, and ids no text has."""
@@ -126,26 +147,45 @@ class Engine:
 
     # ---- requests
 
-    def prepare(self, prompt) -> Prompt:
-        """Messages, an `Encoded` or token ids, tokenised and checked; any thread may do this. Raises PunaError."""
-        return prepare(prompt, self.processor, self.config, self.max_context)
+    def prepare(self, prompt, salt: str | None = None) -> Prompt:
+        """Messages, an `Encoded` or token ids, tokenised and checked; any thread may do this. Raises PunaError.
+
+        salt: prompts with different ones share nothing in the prefix cache (one for each tenant).
+        """
+        return prepare(prompt, self.processor, self.config, self.max_context, salt)
 
     def add_request(
-        self, prompt, sampling: Sampling | None = None, id: str | None = None, sink: Sink | None = None
-    ) -> str:
+        self, prompt, sampling: Sampling | None = None, id: str | None = None, sink: Sink | None = None,
+        salt: str | None = None,
+    ) -> str:  # fmt: skip
         """Queues a request and returns its id. Its events go to `sink`, or without one to whoever calls `step`.
 
         Raises PunaError at once for a prompt or sampling that cannot be served, and for an id in use.
         """
         id = f"request-{next(self._numbers)}" if id is None else id
-        self.start(self.make(prompt, sampling, id, sink))
+        self.start(self.make(prompt, sampling, id, sink, salt))
         return id
 
-    def make(self, prompt, sampling: Sampling | None, id: str, sink: Sink | None = None) -> Running:
-        """A request checked as a whole, its grammar compiled; any thread may do this. Raises PunaError."""
-        prompt, sampling = self.prepare(prompt), sampling or Sampling()
+    def make(
+        self, prompt, sampling: Sampling | None, id: str, sink: Sink | None = None, salt: str | None = None
+    ) -> Running:
+        """A request checked as a whole, its grammar compiled; any thread may do this. Raises PunaError.
+
+        Without a max_tokens the answer ends where the context or the pages do.
+        """
+        prompt, sampling = self.prepare(prompt, salt), sampling or Sampling()
+        if sampling.return_routes and self.forward.invariant:
+            raise PunaError("return_routes: not to be had with batch_invariant; leave one of the two out")
         own = (self.processor, self.config, self.max_context)
-        return Running.make(id, prompt, sampling, *own, sink, self.grammars, self.device)
+        request = Running.make(id, prompt, sampling, *own, sink, self.grammars, self.device)
+        room, length = self.pages.total * self.pages.size, len(prompt.tokens)
+        if length + (sampling.max_tokens or 1) > room:
+            raise PunaError(
+                f"{length} prompt tokens and max_tokens {sampling.max_tokens} do not fit in the {room} tokens that "
+                "cache_bytes has room for: shorten the prompt, lower max_tokens or raise cache_bytes"
+            )
+        request.limit = min(request.limit, room - length)
+        return request
 
     def start(self, request: Running) -> None:
         """Queues a request that `make` made. PunaError: its id is in use."""
@@ -173,20 +213,6 @@ class Engine:
             if request.completion is None:
                 self._finish(request, "error", error)
 
-    def replace_weights(self, weights: Weights, version: int | None = None) -> int:
-        """Other weights, between two steps; returns their version (by default the last one and 1).
-
-        weights: all names and tensors of the model's state dict, as a mapping or pairs. Copied in place, so that
-        nothing else need be rebuilt. Requests go on: their next tokens come from the new weights, over the keys and
-        values of the old ones, as asynchronous RL has it; each token's version is in the completion. PunaError, and
-        nothing changed, for missing or unknown names and for other shapes or kinds of numbers.
-        """
-        if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
-            raise PunaError(f"version: must be an integer, not {version!r}")
-        load(self.model, weights)
-        self.version = self.version + 1 if version is None else version
-        return self.version
-
     @property
     def busy(self) -> bool:
         """Are there requests that are not finished?"""
@@ -201,26 +227,74 @@ class Engine:
         if training:
             self.model.eval()
         try:
+            if self._stamp != self._written():
+                self.version += 1
+                self.weights_changed()
             for request in self.scheduler.admit():
-                request.admitted = time.perf_counter()
-            group = self.scheduler.prefill()
-            if group:
+                request.stale = False
+                request.admitted = request.admitted or time.perf_counter()
+            if group := self.scheduler.prefill():
                 self._advance(group, self._prefill)
-            decoding = self.scheduler.active[: self.scheduler.decoding]
-            if decoding:
-                self._advance(decoding, self._decode)
+            if group := self.scheduler.decode():
+                self._advance(group, self._decode)
         finally:
             if training:
                 self.model.train()
         if not self._requests and self.cache.nbytes > KEEP_BYTES:
-            self.cache.release()
+            self.cache.shrink(0, len(self.pages.owners))
         events, self._events = self._events, []
         return events
+
+    def replace_weights(self, weights: Weights, version: int | None = None, recompute: bool = False) -> int:
+        """Other weights, between two steps; returns their version (by default the last one and 1).
+
+        weights: all names and tensors of the model's state dict, as a mapping or pairs. Copied in place, so that
+        nothing else need be rebuilt. Requests go on: their next tokens come from the new weights, over the keys and
+        values of the old ones, as asynchronous RL has it, or with `recompute` over new ones; each token's version is
+        in the completion. PunaError, and nothing changed, for missing or unknown names and for other shapes or kinds of
+        numbers.
+        """
+        if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
+            raise PunaError(f"version: must be an integer, not {version!r}")
+        load(self.model, weights)
+        self.version = self.version + 1 if version is None else version
+        self.weights_changed()
+        if recompute:
+            for request in sorted(self.scheduler.active, key=lambda request: -request.arrival):
+                self.scheduler.preempt(request)
+        return self.version
+
+    def weights_changed(self) -> None:
+        """The model's weights are others now (`step` sees it by itself when they were written to in place): what was
+        computed with the old ones is shared with nobody any more. Running answers go on with the new ones."""
+        self._stamp = self._written()
+        self.prefix.clear()
+        for request in self.scheduler.active:
+            request.stale = True
+
+    def _written(self) -> int:
+        """Grows when a weight is written to."""
+        return sum(weight._version for weight in self._weights if not weight.is_inference())
+
+    def stats(self) -> dict[str, int]:
+        """Numbers for whoever watches: requests waiting and active; bytes of storage held for keys and values, and of
+        the pages in use; and since the start: requests that found a beginning in the prefix cache, the tokens they
+        found, preemptions, tokens generated, prompt tokens computed, guessed tokens that were checked, and of these
+        those that were right; the weights' version."""
+        scheduler, used = self.scheduler, self.pages.total - self.pages.free
+        return {
+            "waiting": len(scheduler.waiting), "active": len(scheduler.active),
+            "cache_bytes": self.cache.nbytes, "cache_bytes_used": used * page_bytes(self.config, self.model.dtype),
+            "prefix_hits": scheduler.prefix_hits, "prefix_tokens": scheduler.prefix_tokens,
+            "preemptions": scheduler.preemptions, "tokens_generated": self._tokens_generated,
+            "tokens_prefilled": self._tokens_prefilled, "tokens_drafted": self.drafted,
+            "tokens_accepted": self.accepted, "version": self.version,
+        }  # fmt: skip
 
     def _advance(self, group: list[Running], forward: Callable[[list[Running]], Pass]) -> None:
         """Runs `forward` on the group, or on each alone if together it fails, and gives out the tokens it leads to."""
         try:
-            ready, logits_BTV, drafts, routes_BTL = forward(group)
+            ready, logits_BTV, routes_BTL = forward(group)
         except Exception as error:  # whose fault it is shows when each runs alone
             if len(group) == 1:
                 self._finish(group[0], "error", error)
@@ -231,11 +305,13 @@ class Engine:
             return
         if not ready:
             return
-        results = choose(logits_BTV, [request.chooser for request in ready], self._banned_V, drafts)
-        if drafts is not None:  # the newest token of each was fed, and its draft: what was confirmed of it counts
-            self.cache.advance([request.row for request in ready], [len(chosen) for chosen, _ in results])
-            self.drafted += sum(map(len, drafts))
-            self.accepted += sum(max(0, len(chosen) - 1) for chosen, _ in results)
+        results = self._choose(ready, logits_BTV)
+        if forward == self._decode:  # the newest token of each was fed, and its draft: what was confirmed of it counts
+            for request, (chosen, _) in zip(ready, results, strict=True):
+                self.drafted += len(request.draft)
+                self.accepted += max(0, len(chosen) - 1)
+                self.scheduler.advance(request, max(1, len(chosen)))
+                request.draft = []
         for i, (request, (chosen, error)) in enumerate(zip(ready, results, strict=True)):
             for t, choice in enumerate(chosen):
                 if request.completion is None:  # a stop, or a sink that aborted it
@@ -245,62 +321,43 @@ class Engine:
             if error is not None and request.completion is None:
                 self._finish(request, "error", error)
 
+    def _choose(self, ready: list[Running], logits_BTV: Tensor) -> list[tuple[list[Choice], Exception | None]]:
+        """The next tokens of each, and what went wrong behind them."""
+        if self.forward.invariant and len(ready) > 1:
+            parts = zip(ready, logits_BTV.split(1), strict=True)
+            return [result for request, row in parts for result in self._choose([request], row)]
+        drafts = [request.draft for request in ready]
+        return choose(logits_BTV, [request.chooser for request in ready], self._banned_V, drafts)
+
     def _prefill(self, group: list[Running]) -> Pass:
         """The next prompt slice of each; those whose prompt is complete are ready."""
         lengths = [self.scheduler.slice_length(request) for request in group]
-        width = max(lengths)
-        tokens_BT = torch.full((len(group), width), self._pad)
-        features = []
-        for i, (request, n) in enumerate(zip(group, lengths, strict=True)):
-            stop = request.fed + n
-            tokens_BT[i, :n] = torch.from_numpy(request.prompt.tokens[request.fed : stop])
-            if request.prompt.tiles is not None:
-                if request.features is None:
-                    request.features = self._encode_pictures(request.prompt.tiles)
-                features.append(request.slice_features(request.fed, stop))
-        self.cache.reserve(max(r.row for r in group) + 1, max(r.length for r in group))
-        view = self.cache.view([request.row for request in group], width)
-        features_nD = torch.cat(features) if any(len(f) for f in features) else None
         with self._routes(group) as routes:
-            hidden_BTD = self.model.hidden(tokens_BT.to(self.device), features=features_nD, cache=view)
-        done = [i for i, (r, n) in enumerate(zip(group, lengths, strict=True)) if r.fed + n == r.length]
+            hidden_BTD = self.forward(group, lengths)
+        done = [i for i, (r, n) in enumerate(zip(group, lengths, strict=True)) if r.fed + n == r.target]
         last = [lengths[i] - 1 for i in done]
-        logits_BTV = self.model.head(hidden_BTD[done, last])[:, None] if done else None
-        routes_BTL = _routes_of(routes, lambda ids_BT: ids_BT[done, last][:, None])
-        self.cache.advance([request.row for request in group], lengths)  # from here on nothing may fail
-        for request, n in zip(group, lengths, strict=True):
-            request.fed += n
+        logits_BTV = self.forward.head(hidden_BTD[done, last])[:, None] if done else None
+        routes_BTL = _routes_of([ids_BT[done, last][:, None] for ids_BT in routes])
         ready = [group[i] for i in done]
+        for request, n in zip(group, lengths, strict=True):  # from here on nothing may fail
+            self.scheduler.advance(request, n)
         for request in ready:
             request.features = None
-            if (rows := self.scheduler.promote(request)) is not None:
-                self.cache.swap(*rows)
-        return Pass(ready, logits_BTV, None, routes_BTL)
-
-    def _encode_pictures(self, tiles: Tensor) -> Tensor:
-        """Tiles [n, 3, S, S] to the features of their patch tokens, [n · tokens_per_tile, D]."""
-        parts = [self.model.image_features(part.to(self.device)).flatten(0, 1) for part in tiles.split(TILES_AT_ONCE)]
-        return torch.cat(parts)
+        self._tokens_prefilled += sum(lengths)
+        return Pass(ready, logits_BTV, routes_BTL)
 
     def _decode(self, group: list[Running]) -> Pass:
         """Feeds each its newest token and its draft; all are ready."""
-        rows, drafts = [request.row for request in group], self._drafts(group)
-        width = 1 + max(map(len, drafts))
-        fed = [[request.tokens[-1], *draft] for request, draft in zip(group, drafts, strict=True)]
-        tokens_BT = torch.tensor([ids + [self._pad] * (width - len(ids)) for ids in fed], device=self.device)
+        for request, draft in zip(group, self._drafts(group), strict=True):
+            request.draft = usable(request, draft)[: self.scheduler.fit(request, 1 + len(draft)) - 1]
         with self._routes(group) as routes:
-            hidden_BTD = self.model.hidden(tokens_BT, cache=self.cache.view(rows, width))
-        return Pass(group, self.model.head(hidden_BTD), drafts, _routes_of(routes))
+            hidden_BTD = self.forward(group, [1 + len(request.draft) for request in group])
+        logits_NV = self.forward.head(hidden_BTD.flatten(0, 1))
+        return Pass(group, logits_NV.unflatten(0, hidden_BTD.shape[:2]), _routes_of(routes))
 
     def _drafts(self, group: list[Running]) -> list[list[int]]:
-        """A draft for each, of a length that all rows have room for: up to their chunks' borders."""
         most = min(self.speculate, CHECKED // len(group) - 1)
-        for request in group:
-            most = min(most, self.cache.room(request.row) - 1, self.max_context - self.cache.lengths[request.row] - 1)
-        if self.drafter is None or most < 1:
-            return [[] for _ in group]
-        drafts = self.drafter.propose(group, most)
-        return [usable(request, draft) for request, draft in zip(group, drafts, strict=True)]
+        return self.drafter.propose(group, most) if most > 0 else [[] for _ in group]
 
     def _routes(self, group: list[Running]):
         """Records the experts of a forward pass, if one of the group wants to know them."""
@@ -315,6 +372,7 @@ class Engine:
         request.tokens.append(token)
         request.choices.append(choice)
         request.versions.append(self.version)
+        self._tokens_generated += 1
         if token in request.stop_ids:
             self._finish(request, "stop")
             return
@@ -330,14 +388,14 @@ class Engine:
 
     def _finish(self, request: Running, reason: str, error: Exception | None = None) -> None:
         """The request leaves: its row is given to another and its last event is sent."""
-        row, moves = request.row, self.scheduler.remove(request)
         del self._requests[request.id]
         if self.drafter is not None:
             self.drafter.forget(request.id)
-        if row >= 0:
-            self.cache.free(row, wipe=reason in ("abort", "error"))
-            for source, target in moves:
-                self.cache.move(source, target)
+        if request.row >= 0 and reason in ("abort", "error"):
+            if reason == "error":
+                self.prefix.forget(request.keys)
+            self.cache.wipe(request.row, [page for page in request.pages if self.pages.owners[page] == 1])
+        self.scheduler.remove(request)
         piece = request.stream.flush()
         request.pieces.append(piece)
         if request.stream.stopped and reason == "length":
@@ -356,95 +414,12 @@ class Engine:
             if request.completion is None:
                 self._finish(request, "error", error)
 
-    # ---- for one caller
-
-    def generate(
-        self, prompts: Sequence, seed: int | Sequence[int] | None = None, errors: str = "raise", **sampling
-    ) -> list[Completion]:
-        """Answers to all prompts (each a list of messages, an `Encoded` or token ids), in their order.
-
-        Other keywords are `Sampling`'s. seed: one for all, or one for each prompt. errors: "raise" raises the first
-        request's error (and drops the rest), "return" puts it in that request's Completion (finish_reason "error").
-        """
-        if errors not in ("raise", "return"):
-            raise PunaError(f'errors: must be "raise" or "return", not {errors!r}')
-        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], dict)):
-            raise PunaError("generate takes a list of prompts: put the messages in one more list")
-        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
-        if len(seeds) != len(prompts):
-            raise PunaError(f"seed: {len(seeds)} seeds were given for {len(prompts)} prompts")
-        samplings = [_settings("generate", seed=s, **sampling) for s in seeds]
-        results: list[Completion | None] = [None] * len(prompts)
-        own: dict[str, int] = {}
-
-        failed: list[Exception] = []
-
-        def sink(event: Event) -> None:
-            if event.completion is not None:
-                results[own.pop(event.id)] = event.completion
-                if event.completion.error is not None:
-                    failed.append(event.completion.error)
-
-        todo = iter(range(len(prompts)))
-        held: list[Event] = []  # of requests that others added
-        try:
-            while True:
-                # Prompts are tokenised as they are needed, so that ten thousand pictures need not be in memory at
-                # once.
-                while len(self.scheduler.waiting) < self.scheduler.rows and (i := next(todo, None)) is not None:
-                    id = f"request-{next(self._numbers)}"
-                    own[id] = i
-                    try:
-                        self.add_request(prompts[i], samplings[i], id, sink)
-                    except Exception as error:
-                        if errors == "raise":
-                            raise
-                        del own[id]
-                        results[i] = Completion(id, "", [], [], "error", 0, error=error)
-                if not own:
-                    return results
-                held += self.step()
-                if failed and errors == "raise":
-                    raise failed[0]
-        finally:
-            for id in list(own):
-                self.abort(id)
-            self._events = held + self._events
-
-    def stream(self, messages, **sampling) -> Iterator[str]:
-        """The answer to one prompt, piece by piece. Keywords are `Sampling`'s; closing the generator aborts."""
-        settings = _settings("stream", **sampling)
-        events: list[Event] = []
-        id = self.add_request(messages, settings, sink=events.append)
-        held: list[Event] = []  # of requests that others added
-        try:
-            while True:
-                held += self.step()
-                now, events[:] = list(events), []
-                for event in now:
-                    if event.text:
-                        yield event.text
-                    if event.completion is not None:
-                        if event.completion.error is not None:
-                            raise event.completion.error
-                        return
-        finally:
-            self.abort(id)
-            self._events = held + self._events
+    generate, stream = ask.generate, ask.stream
 
 
-def _routes_of(routes: list[Tensor], pick=lambda ids_BT: ids_BT) -> np.ndarray | None:
+def _routes_of(routes: list[Tensor]) -> np.ndarray | None:
     """The experts that `record_routes` noted, as int16 [B, T, MoE layers]."""
-    if not routes:
-        return None
-    return torch.stack([pick(ids_BT) for ids_BT in routes], dim=-1).to(torch.int16).cpu().numpy()
-
-
-def _settings(caller: str, **sampling) -> Sampling:
-    try:
-        return Sampling(**sampling)
-    except TypeError as error:
-        raise PunaError(f"{caller}: {str(error).partition(') ')[2] or error}") from error
+    return torch.stack(routes, dim=-1).to(torch.int16).cpu().numpy() if routes else None
 
 
 def _nobody(event: Event) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from puna.engine.constrain import Grammars
+from puna.engine.prefix import chain
 from puna.engine.sampler import Choice, Chooser, Sampling
 from puna.engine.text import TextStream
 from puna.errors import PunaError
@@ -19,10 +21,15 @@ from puna.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt ready for the model: `tokens` int64 [N], tiles [n, 3, S, S] that fill its patch tokens in order."""
+    """A prompt ready for the model: `tokens` int64 [N], tiles [n, 3, S, S] that fill its patch tokens in order.
+
+    salt, digests: where its keys in the prefix cache begin, and a hash of each tile; `prepare` sets them.
+    """
 
     tokens: np.ndarray
     tiles: Tensor | None = None
+    salt: bytes = b""
+    digests: tuple[bytes, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Completion:
     logprobs: list[float]
     finish_reason: str
     prompt_tokens: int
+    cached_tokens: int = 0
     prefill_seconds: float = 0.0
     tokens_per_second: float = 0.0
     error: Exception | None = None
@@ -81,8 +89,10 @@ class Event:
 Sink = Callable[[Event], None]
 
 
-def prepare(prompt, processor, config: ModelConfig, max_context: int) -> Prompt:
+def prepare(prompt, processor, config: ModelConfig, max_context: int, salt: str | None = None) -> Prompt:
     """Messages, an `Encoded` or token ids as a checked `Prompt`. Needs no engine state, so any thread may call it.
+
+    salt: whoever gives another one shares nothing in the prefix cache.
 
     Raises PunaError for everything that is wrong with the prompt.
     """
@@ -121,7 +131,12 @@ def prepare(prompt, processor, config: ModelConfig, max_context: int) -> Prompt:
     per_tile = config.vision.tokens_per_tile if config.vision else 0
     if patches != count * per_tile:
         raise PunaError(f"the prompt has {patches} patch tokens, its pictures make {count * per_tile}: they must agree")
-    return Prompt(array, tiles)
+    start = None if salt is None else salt.encode(errors="surrogatepass")
+    if isinstance(prompt, Prompt) and prompt.digests is not None:
+        return prompt if start is None else replace(prompt, salt=start)
+    pixels = [tile.contiguous().numpy() for tile in tiles.float()] if count else []
+    digests = tuple(blake2b(tile, digest_size=16).digest() for tile in pixels)
+    return Prompt(array, tiles, start or b"", digests)
 
 
 def _tiles(pictures: Sequence, processor) -> Tensor | None:
@@ -134,7 +149,7 @@ def _tiles(pictures: Sequence, processor) -> Tensor | None:
 
 @dataclass(eq=False)
 class Running:
-    """One request in the engine (`row`, `fed`, `arrival`, `length` are the scheduler's view of it)."""
+    """One request in the engine. `target` to `preemptions` are the scheduler's (Schedulable, scheduler.py)."""
 
     id: str
     prompt: Prompt
@@ -144,15 +159,24 @@ class Running:
     chooser: Chooser
     stream: TextStream
     sink: Sink | None
+    chunk: int
     patch_at: np.ndarray  # places of the patch tokens in the prompt
-    features: Tensor | None = None  # encoded pictures [patch tokens, D], until the prompt is in the cache
+    features: Tensor | None = None  # encoded pictures [patch tokens, D], until the prompt is in the cache …
+    features_from: int = 0  # … without those of the first patch tokens
+    target: int = 0
     fed: int = 0
+    cached: int = 0
+    pages: list[int] = field(default_factory=list)
     row: int = -1
     arrival: int = 0
+    preemptions: int = 0
+    stale: bool = False  # some of what is in the cache was computed with other weights
+    keys: list[bytes] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)  # one for each token, as of the next two
     versions: list[int] = field(default_factory=list)
     routes: list[np.ndarray] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)  # what may come next, in the forward pass that runs
     pieces: list[str] = field(default_factory=list)
     completion: Completion | None = None
     admitted: float = 0.0
@@ -196,19 +220,39 @@ class Running:
             ),
             stream=TextStream(decoder, sampling.stop),
             sink=sink,
+            chunk=config.chunk,
             patch_at=np.flatnonzero(prompt.tokens == config.patch_token) if prompt.tiles is not None else np.empty(0),
         )
 
     @property
-    def length(self) -> int:
-        return len(self.prompt.tokens)
+    def known(self) -> int:
+        """Tokens whose ids are known: those of the prompt and the answer so far."""
+        return len(self.prompt.tokens) + len(self.tokens)
 
-    def slice_features(self, start: int, stop: int) -> Tensor | None:
-        """The features [n, D] of the patch tokens at positions start … stop-1; a tile may be cut anywhere."""
-        if self.features is None:
+    def ids(self, start: int, stop: int) -> np.ndarray:
+        """Token ids at positions start … stop-1, of the prompt, the answer or its draft."""
+        begin, end, said = (max(n - len(self.prompt.tokens), 0) for n in (start, stop, self.known))
+        answer = self.tokens[begin:end] + self.draft[max(begin - said, 0) : max(end - said, 0)]
+        return np.concatenate([self.prompt.tokens[start:stop], np.array(answer, dtype=np.int64)])
+
+    def key(self, chunk: int) -> bytes | None:
+        """The key of its beginning, up to the end of this chunk, in the prefix cache."""
+        if self.stale and self.fed:
             return None
+        for i in range(len(self.keys), chunk + 1):
+            start, stop = i * self.chunk, (i + 1) * self.chunk
+            before = self.keys[-1] if self.keys else chain(b"", self.prompt.salt)
+            pictures = self.prompt.digests[self._tiles(start, stop)]
+            self.keys.append(chain(before, self.ids(start, stop).tobytes(), pictures))
+        return self.keys[chunk]
+
+    def _tiles(self, start: int, stop: int) -> slice:
+        """Which tiles have patch tokens at positions start … stop-1."""
+        if self.prompt.tiles is None:
+            return slice(0, 0)
         first, last = np.searchsorted(self.patch_at, (start, stop))
-        return self.features[first:last]
+        per_tile = len(self.patch_at) // len(self.prompt.tiles)
+        return slice(first // per_tile, -(-last // per_tile) if last > first else first // per_tile)
 
     def complete(self, reason: str, error: Exception | None = None) -> Completion:
         """Closes the request; the engine sends the result."""
@@ -221,7 +265,8 @@ class Running:
             tokens=self.tokens,
             logprobs=[choice.logprob for choice in self.choices],
             finish_reason=reason,
-            prompt_tokens=self.length,
+            prompt_tokens=len(self.prompt.tokens),
+            cached_tokens=self.cached,
             prefill_seconds=self.first - self.admitted if self.tokens else 0.0,
             tokens_per_second=after / max(now - self.first, 1e-9) if after > 0 else 0.0,
             error=error,

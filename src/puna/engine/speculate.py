@@ -27,6 +27,7 @@ tokens crosses one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Protocol
 
@@ -34,7 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from puna.engine.cache import HybridCache
+from puna.engine.cache import HybridCache, page_size
+from puna.engine.pages import Pages
 from puna.engine.request import Running
 from puna.engine.sampler import sample
 from puna.errors import PunaError
@@ -75,11 +77,11 @@ class Lookup:
         self._texts.pop(id, None)
 
     def _text(self, request: Running) -> np.ndarray:
-        array, n = self._texts.get(request.id, (request.prompt.tokens, request.length))
-        known = request.length + len(request.tokens)
+        array, n = self._texts.get(request.id, (request.prompt.tokens, len(request.prompt.tokens)))
+        known = request.known
         if known > len(array):
             array = np.concatenate([array[:n], np.empty(known, np.int64)])
-        array[n:known] = request.tokens[n - request.length :]
+        array[n:known] = request.ids(n, known)
         self._texts[request.id] = array, known
         return array[:known]
 
@@ -96,6 +98,15 @@ class Lookup:
             return []
         period = len(text) - 1 - int(ends[-1])  # after its end the text goes on with itself
         return [int(text[len(text) - period + i % period]) for i in range(most)]
+
+
+@dataclass
+class _Place:
+    """Where a request's keys and values of the draft model are."""
+
+    row: int
+    pages: list[int] = field(default_factory=list)
+    fed: int = 0
 
 
 class Draft:
@@ -120,63 +131,59 @@ class Draft:
             raise PunaError("draft: does not see pictures as the model does: use one of the same family")
         self.model, self.slice_tokens, self.banned_V = model.eval(), slice_tokens, banned_V
         self.device = next(model.parameters()).device
-        self.cache = HybridCache(own, rows, model.dtype, self.device, max_context)
+        self.pages = Pages(page_size(own), rows * -(-max_context // page_size(own)))
+        self.cache = HybridCache(own, rows, self.pages.total, model.dtype, self.device)
         self._free = list(range(rows))[::-1]
-        self._rows: dict[str, int] = {}
+        self._places: dict[str, _Place] = {}
 
     def forget(self, id: str) -> None:
-        if (row := self._rows.pop(id, None)) is not None:
-            self.cache.free(row)
-            self._free.append(row)
+        if (place := self._places.pop(id, None)) is not None:
+            self.pages.give(place.pages)
+            self._free.append(place.row)
 
     def propose(self, requests: Sequence[Running], most: int) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in requests]
-        room, length = self.cache.room, self.cache.lengths
-        near, behind = {}, []
+        ready, behind = {}, []
         for i, request in enumerate(requests):
-            row = self._row(request, requests)
-            known = request.length + len(request.tokens)
-            length[row] = min(length[row], known - 1)  # what it guessed wrongly is no longer valid
-            unseen = len(request.patch_at) and request.patch_at[-1] >= length[row]
-            if known - length[row] <= min(BEHIND, room(row)) and not unseen:
-                near[i] = row, self._known(request, length[row])
+            place = self._place(request, requests)
+            place.fed = min(place.fed, request.known - 1)  # what it guessed wrongly is no longer valid
+            unseen = len(request.patch_at) and request.patch_at[-1] >= place.fed
+            if request.known - place.fed <= min(BEHIND, self._room(place)) and not unseen:
+                ready[i] = place
+                most = min(most, self._room(place) - (request.known - place.fed) + 1)
             else:
                 behind.append(request)
         if behind:
             self._read(behind[0])
-        width = max((len(ids) for _, ids in near.values()), default=0)
-        ready = [i for i, (row, _) in near.items() if width <= min(room(row), self.cache.max_context - length[row])]
         if not ready:
             return drafts
-        rows, fed = map(list, zip(*(near[i] for i in ready), strict=True))
         choosers = [requests[i].chooser for i in ready]
-        most = min(most, *(room(row) - len(ids) + 1 for row, ids in zip(rows, fed, strict=True)))
+        fed = [requests[i].ids(place.fed, requests[i].known).tolist() for i, place in ready.items()]
         for ahead in range(most):
-            logits_BV = self._forward(rows, fed)
+            logits_BV = self._forward(list(ready.values()), fed)
             guesses = [choice.token for choice in sample(logits_BV, choosers, self.banned_V, ahead)]
             for i, guess in zip(ready, guesses, strict=True):
                 drafts[i].append(guess)
             fed = [[guess] for guess in guesses]
         return drafts
 
-    def _row(self, request: Running, requests: Sequence[Running]) -> int:
-        if request.id not in self._rows:
+    def _place(self, request: Running, requests: Sequence[Running]) -> _Place:
+        if request.id not in self._places:
             if not self._free:  # somebody has to wait for a place in the batch again
                 here = {other.id for other in requests}
-                self.forget(next(id for id in self._rows if id not in here))
-            self._rows[request.id] = self._free.pop()
-        return self._rows[request.id]
+                self.forget(next(id for id in self._places if id not in here))
+            self._places[request.id] = _Place(self._free.pop())
+        return self._places[request.id]
 
-    @staticmethod
-    def _known(request: Running, start: int) -> list[int]:
-        """The ids of the request's text from `start` on."""
-        return [*request.prompt.tokens[start:].tolist(), *request.tokens[max(0, start - request.length) :]]
+    def _room(self, place: _Place) -> int:
+        """Tokens up to the chunk's border."""
+        return self.cache.config.chunk - place.fed % self.cache.config.chunk
 
     def _read(self, request: Running) -> None:
         """The next slice of what the request's text has and the draft's cache has not."""
-        row = self._rows[request.id]
-        start = self.cache.lengths[row]
-        n = min(request.length + len(request.tokens) - 1 - start, self.cache.room(row), self.slice_tokens)
+        place = self._places[request.id]
+        start = place.fed
+        n = min(request.known - 1 - start, self._room(place), self.slice_tokens)
         first, last = np.searchsorted(request.patch_at, (start, start + n))
         features = None
         if last > first:
@@ -184,13 +191,17 @@ class Draft:
             tiles = request.prompt.tiles[first // per_tile : -(-last // per_tile)]
             features = self.model.image_features(tiles.to(self.device)).flatten(0, 1)
             features = features[first % per_tile :][: last - first]
-        self._forward([row], [self._known(request, start)[:n]], features)
+        self._forward([place], [request.ids(start, start + n).tolist()], features)
 
-    def _forward(self, rows: list[int], tokens: list[list[int]], features: Tensor | None = None) -> Tensor:
-        """Feeds each row these tokens; the logits [B, V] behind the last of each."""
+    def _forward(self, places: list[_Place], tokens: list[list[int]], features: Tensor | None = None) -> Tensor:
+        """Feeds each these tokens; the logits [B, V] behind the last of each."""
         counts = [len(ids) for ids in tokens]
         width = max(counts)
+        for place, n in zip(places, counts, strict=True):
+            missing = self.pages.count(place.fed + n) - len(place.pages)
+            place.pages += self.pages.take(missing) if missing > 0 else []
         tokens_BT = torch.tensor([ids + [ids[-1]] * (width - len(ids)) for ids in tokens], device=self.device)
-        hidden_BTD = self.model.hidden(tokens_BT, features=features, cache=self.cache.view(rows, width))
-        self.cache.advance(rows, counts)
-        return self.model.head(hidden_BTD[range(len(rows)), [n - 1 for n in counts]])
+        hidden_BTD = self.model.hidden(tokens_BT, features=features, cache=self.cache.view(places, counts))
+        for place, n in zip(places, counts, strict=True):
+            place.fed += n
+        return self.model.head(hidden_BTD[range(len(places)), [n - 1 for n in counts]])

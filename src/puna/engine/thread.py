@@ -72,11 +72,14 @@ class EngineThread:
         """Can requests be answered?"""
         return self._thread.is_alive() and not self._closing
 
-    def submit(self, prompt, sampling: Sampling | None = None) -> Handle:
-        """Queues a request (messages, `Encoded` or token ids). Raises PunaError at once if it cannot be served."""
-        prepared = self.engine.prepare(prompt)
+    def submit(self, prompt, sampling: Sampling | None = None, salt: str | None = None) -> Handle:
+        """Queues a request (messages, `Encoded` or token ids). Raises PunaError at once if it cannot be served.
+
+        salt: prompts with different ones share nothing in the prefix cache.
+        """
+        prepared = self.engine.prepare(prompt, salt)
         handle = Handle(f"answer-{next(self._numbers)}", len(prepared.tokens), self._abort)
-        request = self.engine.make(prepared, sampling, handle.id, handle.events.put)
+        request = self.engine.make(prepared, sampling, handle.id, handle.events.put, salt)
         self._tell(lambda: self.engine.start(request))
         return handle
 

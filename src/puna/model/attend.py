@@ -10,6 +10,11 @@ computed. The probabilities P are kept for the backward, B * H * T * (T + BLOCK)
 The query heads of one key head are rows of one product: [B, T, K * R, d] is worked on as [B * K, T * R, d].
 
 On a GPU the kernel that takes a mask takes no grouped heads: keys are repeated, or torch would write out all scores.
+
+**In parts.** Keys of a cache lie in several places, and a mask over a long past costs more than the attention. So
+`part` attends to some of the keys and says what they weigh; parts of one query make the whole:
+
+    l_i = log sum_k exp(s_k) over part i's keys        o = sum_i w_i o_i        w = softmax(l)
 """
 
 from __future__ import annotations
@@ -43,6 +48,42 @@ def fused(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, mask: Tensor | None, c
         k_BKSd, v_BKSd = (t.repeat_interleave(repeat, dim=1) for t in (k_BKSd, v_BKSd))
     grouped = k_BKSd.shape[1] < q_BHTd.shape[1]
     return F.scaled_dot_product_attention(q_BHTd, k_BKSd, v_BKSd, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+def part(
+    q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attention to some of the keys, [B, H, T, d], and the logarithm of what they weigh, [B, H, T] in fp32.
+
+    mask: additive, [B, 1, 1 or T, S]. causal: queries and keys are the same tokens.
+    """
+    if q_BHTd.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_BHTd, k_BKSd, v_BKSd, 0.0, causal, attn_mask=mask
+        )
+    k_BHSd, v_BHSd = (t.repeat_interleave(q_BHTd.shape[1] // k_BKSd.shape[1], dim=1) for t in (k_BKSd, v_BKSd))
+    scores = (q_BHTd @ k_BHSd.transpose(2, 3)).float() * q_BHTd.shape[-1] ** -0.5
+    if causal:
+        scores += torch.full(scores.shape[2:], float("-inf"), device=scores.device).triu_(1)
+    if mask is not None:
+        scores += mask
+    return torch.softmax(scores, -1).to(v_BHSd.dtype) @ v_BHSd, scores.logsumexp(-1)
+
+
+def join(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Two parts of the same queries as one: (outputs [..., d], weights [...])."""
+    share = torch.sigmoid(b[1] - a[1])[..., None]
+    return torch.lerp(a[0].float(), b[0].float(), share), torch.logaddexp(a[1], b[1])
+
+
+def join_rows(out_NKRd: Tensor, weight_NKR: Tensor, row_N: Tensor, rows: int) -> Tensor:
+    """N parts, part i of query row_N[i], as the outputs of all `rows` queries, fp32 [rows, K, R, d]."""
+    where = row_N[:, None, None].expand_as(weight_NKR)
+    most = weight_NKR.new_full((rows, *weight_NKR.shape[1:]), float("-inf"))
+    most.scatter_reduce_(0, where, weight_NKR, "amax")
+    share = torch.exp(weight_NKR - most[row_N])[..., None]
+    total = share.new_zeros(*most.shape, 1).index_add_(0, row_N, share)
+    return share.new_zeros(rows, *out_NKRd.shape[1:]).index_add_(0, row_N, share * out_NKRd) / total
 
 
 @lru_cache(maxsize=8)

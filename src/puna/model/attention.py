@@ -9,8 +9,8 @@ fold costs nothing and runs on any device. Packed rows keep this exact when a do
 multiple of C and a shorter one never straddles one; short documents that share a chunk need one block-diagonal mask,
 built once a batch. Rows that break the rule are still computed correctly, with an explicit mask of the whole row.
 
-**Cache.** Decoding passes a `Cache`; the model hands over each layer's new keys and values, and gets back all that
-its queries may see. The model does not know how they are stored (`engine/cache.py` does).
+**Cache.** Decoding passes a `Cache`; the model hands over each layer's queries and new keys and values, and gets back
+what the queries see of these and of all before. It does not know how they are stored (`engine/cache.py` does).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.model import ops, rope
-from puna.model.attend import attend, fused
+from puna.model.attend import attend
 from puna.model.config import ModelConfig
 
 
@@ -35,11 +35,8 @@ class Cache(Protocol):
     def positions_BT(self, T: int) -> Tensor:
         """int64 [B, T]: positions of the T tokens that are fed now."""
 
-    def extend(self, layer: int, k_BKTd: Tensor, v_BKTd: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Stores this layer's new keys and values; returns (k_BKSd, v_BKSd, mask_BTS), True where a query may look.
-
-        A mask of None means S == T and plain causal attention.
-        """
+    def attend(self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        """Stores this layer's new keys and values; returns the attention of its queries, [B, T, H, d]."""
 
 
 @dataclass
@@ -134,7 +131,7 @@ class Attention(nn.Module):
                 qk = ops.rms_norm(qk, None, c.norm_eps)
             q, k = qk.to(x_BTD.dtype).split([c.n_heads, c.n_kv_heads], dim=2)
         if cache is not None:
-            out_BTHd = self._cached(q, k, v, cache)
+            out_BTHd = cache.attend(self.layer, q, k, v)
         elif self.nope:
             if layout.keys is not None:
                 k, v = layout.keys(k), layout.keys(v)
@@ -152,15 +149,3 @@ class Attention(nn.Module):
             q, k, v = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (q, k, v))
         q, k, v = (t.reshape(-1, layout.fold, *t.shape[2:]) for t in (q, k, v))
         return attend(q, k, v, layout.local_mask).reshape(B, T + pad, *q.shape[2:])[:, :T]
-
-    def _cached(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, cache: Cache) -> Tensor:
-        k, v, mask_BTS = cache.extend(self.layer, k_BTKd.transpose(1, 2), v_BTKd.transpose(1, 2))
-        q = q_BTHd.transpose(1, 2)
-        B, H, T, d = q.shape
-        if mask_BTS is None:
-            return fused(q, k, v, None, T > 1).transpose(1, 2)
-        if T == 1:  # the query heads of one key head become its "time" axis: keys are read once
-            q = q.reshape(B, k.shape[1], -1, d)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BTS[:, None])
-            return out.reshape(B, 1, H, d)
-        return fused(q, k, v, mask_BTS[:, None], False).transpose(1, 2)

@@ -22,6 +22,9 @@ expert's own, and some of the next one's, whose results the next expert overwrit
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -118,6 +121,8 @@ def expert_mm(x_TD: Tensor, w_EDF: Tensor | Weight, counts_E: Tensor) -> Tensor:
 
     Errors: counts that do not sum to T (CPU path) raise ValueError; on CUDA they are the caller's contract.
     """
+    if _SAME_SHAPES.get():
+        return _whole_batches(x_TD, w_EDF, counts_E)
     if not isinstance(w_EDF, Tensor):
         return w_EDF.expert_mm(x_TD, counts_E)
     if x_TD.is_cuda:
@@ -126,6 +131,34 @@ def expert_mm(x_TD: Tensor, w_EDF: Tensor | Weight, counts_E: Tensor) -> Tensor:
     if sum(counts) != x_TD.shape[0]:
         raise ValueError(f"expert counts sum to {sum(counts)}, but there are {x_TD.shape[0]} rows")
     return _ExpertMM.apply(x_TD, w_EDF, counts)
+
+
+_SAME_SHAPES: ContextVar[bool] = ContextVar("same_shapes", default=False)
+
+
+@contextmanager
+def same_shapes():
+    """Within it every expert's product has as many rows as the batch has tokens, whoever goes there: a token's bits
+    then don't depend on the others' routes (engine/forward.py)."""
+    token = _SAME_SHAPES.set(True)
+    try:
+        yield
+    finally:
+        _SAME_SHAPES.reset(token)
+
+
+def _whole_batches(x_TD: Tensor, w_EDF: Tensor | Weight, counts_E: Tensor) -> Tensor:
+    """`expert_mm`, expert by expert, with rows of zeros behind each one's own."""
+    parts, token = [], _SAME_SHAPES.set(False)
+    try:
+        for e, own_nD in enumerate(x_TD.split(counts_E.tolist())):
+            if len(own_nD):
+                all_E = torch.zeros_like(counts_E)
+                all_E[e] = len(x_TD)
+                parts.append(expert_mm(_padded(own_nD, len(x_TD)), w_EDF, all_E)[: len(own_nD)])
+    finally:
+        _SAME_SHAPES.reset(token)
+    return torch.cat(parts)
 
 
 class _Permute(torch.autograd.Function):
