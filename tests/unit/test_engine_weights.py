@@ -92,6 +92,38 @@ def test_new_weights_under_running_answers(engine, other):
         model.load_state_dict(old)
 
 
+def test_keys_computed_anew(model, tiny_processor, other):
+    """With `recompute` the rest of an answer is what the new weights say to its text so far; nothing old is shared."""
+    old = copy.deepcopy(model.state_dict())
+    engine = Engine(model, tiny_processor, max_batch=2, prefill_tokens=16)
+    try:
+        ids = [engine.add_request(p, Sampling(max_tokens=20, return_routes=True)) for p in (PROMPTS[2], PROMPTS[4])]
+        while any(len(engine._requests[id].tokens) < 6 for id in ids):
+            engine.step()
+        said = [list(engine._requests[id].tokens) for id in ids]
+        engine.replace_weights(other.state_dict(), recompute=True)
+        done = test_engine.drain(engine)
+        for id, messages, tokens in zip(ids, (PROMPTS[2], PROMPTS[4]), said, strict=True):
+            encoded = tiny_processor.encode_chat(messages, generation_prompt=True)
+            ids_1T = torch.tensor([[*encoded.tokens.tolist(), *done[id].tokens]])
+            with torch.no_grad():
+                logits = other(ids_1T, tiles=tiny_processor.tiles(encoded.pictures))[0, len(encoded.tokens) - 1 : -1]
+            new = torch.log_softmax(logits, -1).gather(-1, torch.tensor(done[id].tokens)[:, None])[:, 0]
+            got, n = torch.tensor(done[id].logprobs), len(tokens)
+            torch.testing.assert_close(got[n:], new[n:], atol=5e-5, rtol=0)
+            assert done[id].tokens[:n] == tokens and (got[:n] - new[:n]).abs().max() > 1e-3
+            assert done[id].versions == [0] * n + [1] * (20 - n) and len(done[id].routes) == 20
+        fresh = engine.generate([PROMPTS[4]], max_tokens=9)[0]
+        assert fresh.tokens == Engine(other, tiny_processor).generate([PROMPTS[4]], max_tokens=9)[0].tokens
+    finally:
+        model.load_state_dict(old)
+
+
+def test_routes_and_equal_bits_exclude_each_other(model, tiny_processor):
+    with pytest.raises(PunaError, match="^return_routes: .*batch_invariant"):
+        Engine(model, tiny_processor, batch_invariant=True).add_request([1], Sampling(return_routes=True))
+
+
 def test_wrong_weights_change_nothing(engine, other):
     old = copy.deepcopy(engine.model.state_dict())
     good = other.state_dict()

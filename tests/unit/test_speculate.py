@@ -54,6 +54,7 @@ def p_value(counts, expected):
     return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2).item()
 
 
+PAGE = 2 * 2 * 8 * 4 * 1 * C  # bytes of the test model's pages: one global layer, two heads of 8
 REPEATING = user("One two three four five six. " * 6)
 ASKED = [*PROMPTS, REPEATING]
 
@@ -205,6 +206,29 @@ def test_answers_of_the_engine_are_distributed_alike(model, tiny_processor, draf
     assert table.shape[1] > 4 and p > 1e-3
     again = engine.generate([[1, 2, 3]] * 9, seed=[s + 1000 for s in seeds[:9]], **options)
     assert [d.tokens for d in again] == [d.tokens for d in drafted[:9]]
+
+
+def test_with_few_pages(model, tiny_processor, draft):
+    """Where memory is short, sequences are preempted, and a draft never takes a page from anyone."""
+    plain = Engine(model, tiny_processor, max_batch=4).generate(ASKED, max_tokens=40)
+    longest = max(d.prompt_tokens for d in plain) + 40
+    memory = dict(cache_bytes=(longest // C + 3) * PAGE, prefix_cache_bytes=0)
+    for options in ({"speculate": 6}, {"draft": draft}):
+        engine = Engine(model, tiny_processor, max_batch=4, **memory, **options)
+        assert [d.tokens for d in engine.generate(ASKED, max_tokens=40)] == [d.tokens for d in plain]
+        assert engine.stats()["preemptions"] and engine.stats()["tokens_drafted"] >= engine.stats()["tokens_accepted"]
+        assert engine.pages.free == engine.pages.total
+
+
+def test_with_equal_bits(model, tiny_processor):
+    """batch_invariant keeps its promise beside drafts."""
+    options = dict(max_tokens=25, temperature=0.3, seed=4)
+    plain = Engine(model, tiny_processor, max_batch=1, batch_invariant=True).generate(ASKED[-2:], **options)
+    engine = Engine(model, tiny_processor, max_batch=2, batch_invariant=True, speculate=4)
+    known = {tuple(engine.prepare(a).tokens): d.tokens for a, d in zip(ASKED[-2:], plain, strict=True)}
+    engine.drafter = Fixed(known, 0.7)
+    done = engine.generate(ASKED[-2:], **options)
+    assert [(d.tokens, d.logprobs) for d in done] == [(d.tokens, d.logprobs) for d in plain] and engine.accepted > 9
 
 
 def test_a_draft_that_is_the_model_is_always_right(model, tiny_processor):
