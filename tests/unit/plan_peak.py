@@ -6,12 +6,11 @@ argv[1] is JSON: {"what": "train" or "serve", "config": ModelConfig's, "dtype": 
 
 import json
 import sys
-from dataclasses import dataclass
 
 import torch
 
 from puna.data import Batch
-from puna.engine.cache import HybridCache, page_size
+from puna.engine.cache import HybridCache, Place, page_size
 from puna.model import Llama4, ModelConfig
 from puna.optim import build_adamw
 from puna.train.step import train_step
@@ -38,13 +37,6 @@ def train(config, dtype, rows, seq_len, micros, steps=2):
         train_step(model, optimizer, batches, NextToken(), 1.0, 1024)
 
 
-@dataclass
-class Place:
-    row: int
-    pages: list[int]
-    fed: int
-
-
 @torch.inference_mode()
 def serve(config, dtype, rows, seq_len, micros):
     model = Llama4(config).to(dtype).eval()
@@ -52,7 +44,7 @@ def serve(config, dtype, rows, seq_len, micros):
     each = -(-seq_len // size)
     cache = HybridCache(config, rows, rows * each, dtype)
     cache.reserve(rows, seq_len, rows * each)
-    places = [Place(row, list(range(row * each, (row + 1) * each)), 0) for row in range(rows)]
+    places = [Place(row, list(range(row * each, (row + 1) * each))) for row in range(rows)]
     for place in places:
         while place.fed < seq_len - 1:
             n = min(config.chunk - place.fed % config.chunk, seq_len - 1 - place.fed)

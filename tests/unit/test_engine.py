@@ -649,7 +649,7 @@ def test_a_prompt_of_64k_tokens():
     """Slices over a past without a mask: the answer of one forward pass, in 0.26 of what all layers would hold."""
     config = ModelConfig(
         vocab_size=64, d_model=16, n_layers=4, n_heads=1, n_kv_heads=1, head_dim=16, expert_width=16, dense_width=16,
-        n_experts=2, chunk=1024, floor_scale=1024, max_context=2**16 + 8,
+        n_experts=2, chunk=512, floor_scale=512, max_context=2**16 + 8,
     )  # fmt: skip
     model = Llama4(config).eval()
     with torch.no_grad():

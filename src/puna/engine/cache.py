@@ -42,9 +42,9 @@ never looks; only real tokens are stored.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -88,12 +88,13 @@ def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.n_kv_heads * config.head_dim * dtype.itemsize * layers * page_size(config)
 
 
-class Place(Protocol):
-    """Where a sequence's keys and values lie, and how many tokens of it are stored."""
+@dataclass
+class Place:
+    """Where a sequence's keys and values lie, and how many tokens of it are stored (whatever has these will do)."""
 
     row: int
     pages: list[int]
-    fed: int
+    fed: int = 0
 
 
 class _Slab:

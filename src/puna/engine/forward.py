@@ -18,29 +18,19 @@ promise it, so it is tested when the engine is made: BLOCK times the same token 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puna.engine.cache import Apart, HybridCache
+from puna.engine.cache import Apart, HybridCache, Place
 from puna.engine.request import Running
 from puna.errors import PunaError
 from puna.model import ops
 
 BLOCK = 16
 TILES_AT_ONCE = 16  # most tiles of one pass through the vision tower
-
-
-@dataclass
-class _Token:
-    """One token of a request, for a view."""
-
-    row: int
-    pages: list[int]
-    fed: int
 
 
 class Forward:
@@ -78,7 +68,7 @@ class Forward:
     def _blocks(self, group, lengths, ids, features) -> Tensor:
         places, parts = [], []
         for request, n in zip(group, lengths, strict=True):
-            places += [_Token(request.row, request.pages, request.fed + i) for i in range(n)]
+            places += [Place(request.row, request.pages, request.fed + i) for i in range(n)]
         tokens_N = torch.from_numpy(np.concatenate(ids))
         some = [part for part in features if part is not None]
         at, features_nD = 0, torch.cat(some) if some else None
