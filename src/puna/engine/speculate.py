@@ -15,19 +15,19 @@ the request's own random number for that place; the draft only says how long one
 Given the past, P(d is accepted) = p(d), and what comes in place of a rejected d is distributed as p without d: that is
 the rule of speculative sampling (arXiv 2211.17192) for a drafter that proposes one token with certainty. Since u is
 shared, more is true than that the distribution is kept: the same seed gives the same tokens, with any drafter, any
-draft length and any neighbours (greedy answers too). Drawing from the draft's distribution and accepting with
-min(1, p/q) would accept a little more often, but the answer would hang on the draft's length, hence on who else is in
-the batch. A small model drafts with the same u, so that where its distribution is the model's, its token is too.
+draft length and any neighbours (greedy answers too). The price: drawing from the draft's distribution q and accepting
+with min(1, p/q) accepts more where many tokens are likely (docs/LOG.md has numbers), but there the answer hangs on the
+draft's length, hence on who else is in the batch. A small model drafts with the same u, so that where its distribution
+is the model's, its token is too.
 
 **The cache.** Keys of rejected tokens lie beyond the valid length and are overwritten. For local layers that holds
 inside a chunk only: behind a border they would overwrite keys that are alive after the rejection. So no pass of drafted
-tokens crosses one.
+tokens crosses one, and no draft takes pages from other sequences (scheduler.py, `fit`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Protocol
 
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from puna.engine.cache import HybridCache, page_size
+from puna.engine.cache import HybridCache, Place, page_size
 from puna.engine.pages import Pages
 from puna.engine.request import Running
 from puna.engine.sampler import sample
@@ -100,15 +100,6 @@ class Lookup:
         return [int(text[len(text) - period + i % period]) for i in range(most)]
 
 
-@dataclass
-class _Place:
-    """Where a request's keys and values of the draft model are."""
-
-    row: int
-    pages: list[int] = field(default_factory=list)
-    fed: int = 0
-
-
 class Draft:
     """A small model that guesses; it has a cache of its own, a row for each request.
 
@@ -134,7 +125,7 @@ class Draft:
         self.pages = Pages(page_size(own), rows * -(-max_context // page_size(own)))
         self.cache = HybridCache(own, rows, self.pages.total, model.dtype, self.device)
         self._free = list(range(rows))[::-1]
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Place] = {}
 
     def forget(self, id: str) -> None:
         if (place := self._places.pop(id, None)) is not None:
@@ -167,15 +158,15 @@ class Draft:
             fed = [[guess] for guess in guesses]
         return drafts
 
-    def _place(self, request: Running, requests: Sequence[Running]) -> _Place:
+    def _place(self, request: Running, requests: Sequence[Running]) -> Place:
         if request.id not in self._places:
             if not self._free:  # somebody has to wait for a place in the batch again
                 here = {other.id for other in requests}
                 self.forget(next(id for id in self._places if id not in here))
-            self._places[request.id] = _Place(self._free.pop())
+            self._places[request.id] = Place(self._free.pop(), [])
         return self._places[request.id]
 
-    def _room(self, place: _Place) -> int:
+    def _room(self, place: Place) -> int:
         """Tokens up to the chunk's border."""
         return self.cache.config.chunk - place.fed % self.cache.config.chunk
 
@@ -193,7 +184,7 @@ class Draft:
             features = features[first % per_tile :][: last - first]
         self._forward([place], [request.ids(start, start + n).tolist()], features)
 
-    def _forward(self, places: list[_Place], tokens: list[list[int]], features: Tensor | None = None) -> Tensor:
+    def _forward(self, places: list[Place], tokens: list[list[int]], features: Tensor | None = None) -> Tensor:
         """Feeds each these tokens; the logits [B, V] behind the last of each."""
         counts = [len(ids) for ids in tokens]
         width = max(counts)
