@@ -275,8 +275,11 @@ def sample(
         probs_NW, tokens_NW = torch.softmax(scores_NV / temperature_N1, dim=-1), None
         if top_k or top_p < 1:
             probs_NW, tokens_NW = kept_probabilities(probs_NW, top_k, top_p)
-            tokens_NW, order_NW = tokens_NW.sort(-1)
-            probs_NW = probs_NW.gather(-1, order_NW)
+            if tokens_NW.shape[-1] == logits_BV.shape[-1]:  # back in their places
+                probs_NW, tokens_NW = torch.zeros_like(probs_NW).scatter(-1, tokens_NW, probs_NW), None
+            else:
+                tokens_NW, order_NW = tokens_NW.sort(-1)
+                probs_NW = probs_NW.gather(-1, order_NW)
         if min_p:
             probs_NW = probs_NW.masked_fill(probs_NW < min_p * probs_NW.amax(-1, keepdim=True), 0)
         drawn_N = _draw(probs_NW, uniform_N1)
