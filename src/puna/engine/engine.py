@@ -339,7 +339,9 @@ class Engine:
         logits_BTV = self.forward.head(hidden_BTD[done, last])[:, None] if done else None
         routes_BTL = _routes_of([ids_BT[done, last][:, None] for ids_BT in routes])
         ready = [group[i] for i in done]
-        for request, n in zip(group, lengths, strict=True):  # from here on nothing may fail
+        finite = hidden_BTD.isfinite().flatten(1).all(1).tolist()
+        for request, n, good in zip(group, lengths, finite, strict=True):  # from here on nothing may fail
+            request.stale |= not good
             self.scheduler.advance(request, n)
         for request in ready:
             request.features = None

@@ -170,7 +170,7 @@ class Running:
     row: int = -1
     arrival: int = 0
     preemptions: int = 0
-    stale: bool = False  # some of what is in the cache was computed with other weights
+    stale: bool = False  # what is in the cache must not be shared: of other weights in part, or not finite
     keys: list[bytes] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)  # one for each token, as of the next two
