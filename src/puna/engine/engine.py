@@ -394,7 +394,7 @@ class Engine:
         if self.drafter is not None:
             self.drafter.forget(request.id)
         if request.row >= 0 and reason in ("abort", "error"):
-            if reason == "error" or not request.tokens:  # without a token nobody knows yet that its numbers are finite
+            if reason == "error":
                 self.prefix.forget(request.keys)
             self.cache.wipe(request.row, [page for page in request.pages if self.pages.owners[page] == 1])
         self.scheduler.remove(request)
