@@ -1,8 +1,8 @@
 """One engine for chat, serving and evaluation: batches of answers over a hybrid key/value cache.
 
 Read cache.py (what iRoPE saves), pages.py and prefix.py (what is shared), scheduler.py (who runs next), forward.py (the
-model over all these), sampler.py (which token), text.py (when to stop), engine.py (how they join) and thread.py (for a
-server), in this order.
+model over all these), sampler.py (which token), constrain.py (which ones may come), speculate.py (several at once),
+text.py (when to stop), engine.py (how they join), ask.py (for one caller) and thread.py (for a server), in this order.
 """
 
 from puna.engine.cache import HybridCache, bytes_all_layers, bytes_per_sequence

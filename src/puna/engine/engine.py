@@ -26,25 +26,40 @@ Not thread-safe: one thread uses an engine. The server's is in thread.py.
 from __future__ import annotations
 
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from puna.engine import ask
 from puna.engine.cache import HybridCache, page_bytes, page_size
+from puna.engine.constrain import Grammars
 from puna.engine.forward import Forward
 from puna.engine.pages import Pages
 from puna.engine.prefix import PrefixCache
-from puna.engine.request import Completion, Event, Prompt, Running, Sink, prepare
-from puna.engine.sampler import Sampling, sample
+from puna.engine.request import Event, Prompt, Running, Sink, prepare
+from puna.engine.sampler import Choice, Sampling, choose
 from puna.engine.scheduler import Scheduler
+from puna.engine.speculate import CHECKED, DRAFT_TOKENS, Draft, Lookup, usable
+from puna.engine.weights import Weights, load
 from puna.errors import PunaError
+from puna.model.moe import record_routes
 
 PREFILL_TOKENS = 2048  # most prompt tokens of one forward pass
 PREFIX_BYTES = 2**27
 KEEP_BYTES = 2**28  # an idle engine gives its cache back if it is larger than this
+
+
+class Pass(NamedTuple):
+    """What a forward pass leads to, for the requests that are ready to choose."""
+
+    ready: list[Running]
+    logits_BTV: Tensor | None
+    routes_BTL: np.ndarray | None  # int16: the experts at the positions of the logits
 
 
 class Engine:
@@ -55,7 +70,9 @@ class Engine:
     a prompt with its answer, at most and by default the model's own. prefill_tokens: most prompt tokens of one
     forward pass. cache_bytes: most memory for keys and values of global layers, beyond which answers are preempted (by
     default as much as max_batch sequences can need); prefix_cache_bytes: of these, what may be kept for prompts to come
-    (0: nothing). batch_invariant: equal bits whatever else runs (forward.py), several times slower.
+    (0: nothing). batch_invariant: equal bits whatever else runs (forward.py), several times slower. speculate: most
+    tokens that are guessed and checked at once (speculate.py), from the text itself or by `draft`, a small model of the
+    same family; 0 without a draft: none.
     """
 
     def __init__(
@@ -68,6 +85,8 @@ class Engine:
         cache_bytes: int | None = None,
         prefix_cache_bytes: int = PREFIX_BYTES,
         batch_invariant: bool = False,
+        speculate: int = 0,
+        draft=None,
     ):
         config = model.config
         page = page_bytes(config, model.dtype)
@@ -78,6 +97,8 @@ class Engine:
         ):  # fmt: skip
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise PunaError(f"{name}: must be an integer of at least {least}, not {value!r}")
+        if isinstance(speculate, bool) or not isinstance(speculate, int) or not 0 <= speculate < CHECKED:
+            raise PunaError(f"speculate: must be an integer from 0 to {CHECKED - 1}, not {speculate!r}")
         if max_context is not None and not 2 <= max_context <= config.max_context:
             raise PunaError(
                 f"max_context: must be at least 2 and at most the model's {config.max_context}, not {max_context}"
@@ -107,6 +128,12 @@ class Engine:
         self._events: list[Event] = []  # of requests without a sink, for step() to return
         self._numbers = itertools.count(1)
         self._banned_V = self._banned()
+        self.grammars = Grammars(processor and processor.tokenizer, config.vocab_size)
+        self.speculate = speculate or (DRAFT_TOKENS if draft is not None else 0)
+        self.drafter = Lookup() if self.speculate else None
+        if draft is not None:
+            self.drafter = Draft(draft, config, max_batch, self.max_context, prefill_tokens, self._banned_V)
+        self.drafted = self.accepted = 0  # guessed tokens that were checked, and those of them that were right
 
     def _banned(self) -> Tensor | None:
         """bool [V]: control tokens that don't end an answer, and ids no text has."""
@@ -136,25 +163,36 @@ class Engine:
         Raises PunaError at once for a prompt or sampling that cannot be served, and for an id in use.
         """
         id = f"request-{next(self._numbers)}" if id is None else id
-        if id in self._requests:
-            raise PunaError(f"a request with the id {id!r} is running: ids must differ")
-        prompt, sampling = self.prepare(prompt, salt), sampling or Sampling()
-        request = Running.make(id, prompt, sampling, self.processor, self.config, self.max_context, sink)
-        self.fits(request)
-        self._requests[id] = request
-        self.scheduler.add(request)
+        self.start(self.make(prompt, sampling, id, sink, salt))
         return id
 
-    def fits(self, request: Running) -> None:
-        """Refuses what could not be served if it had all pages. Without a max_tokens the answer ends where they do."""
-        room = self.pages.total * self.pages.size
-        length = len(request.prompt.tokens)
-        if length + (request.sampling.max_tokens or 1) > room:
+    def make(
+        self, prompt, sampling: Sampling | None, id: str, sink: Sink | None = None, salt: str | None = None
+    ) -> Running:
+        """A request checked as a whole, its grammar compiled; any thread may do this. Raises PunaError.
+
+        Without a max_tokens the answer ends where the context or the pages do.
+        """
+        prompt, sampling = self.prepare(prompt, salt), sampling or Sampling()
+        if sampling.return_routes and self.forward.invariant:
+            raise PunaError("return_routes: not to be had with batch_invariant; leave one of the two out")
+        own = (self.processor, self.config, self.max_context)
+        request = Running.make(id, prompt, sampling, *own, sink, self.grammars, self.device)
+        room, length = self.pages.total * self.pages.size, len(prompt.tokens)
+        if length + (sampling.max_tokens or 1) > room:
             raise PunaError(
-                f"{length} prompt tokens and max_tokens {request.sampling.max_tokens} do not fit in the {room} tokens "
-                "that cache_bytes has room for: shorten the prompt, lower max_tokens or raise cache_bytes"
+                f"{length} prompt tokens and max_tokens {sampling.max_tokens} do not fit in the {room} tokens that "
+                "cache_bytes has room for: shorten the prompt, lower max_tokens or raise cache_bytes"
             )
         request.limit = min(request.limit, room - length)
+        return request
+
+    def start(self, request: Running) -> None:
+        """Queues a request that `make` made. PunaError: its id is in use."""
+        if request.id in self._requests:
+            raise PunaError(f"a request with the id {request.id!r} is running: ids must differ")
+        self._requests[request.id] = request
+        self.scheduler.add(request)
 
     def abort(self, id: str) -> bool:
         """Ends a request now (finish_reason "abort") and frees its place. False if none of that id is running."""
@@ -207,6 +245,25 @@ class Engine:
         events, self._events = self._events, []
         return events
 
+    def replace_weights(self, weights: Weights, version: int | None = None, recompute: bool = False) -> int:
+        """Other weights, between two steps; returns their version (by default the last one and 1).
+
+        weights: all names and tensors of the model's state dict, as a mapping or pairs. Copied in place, so that
+        nothing else need be rebuilt. Requests go on: their next tokens come from the new weights, over the keys and
+        values of the old ones, as asynchronous RL has it, or with `recompute` over new ones; each token's version is
+        in the completion. PunaError, and nothing changed, for missing or unknown names and for other shapes or kinds of
+        numbers.
+        """
+        if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
+            raise PunaError(f"version: must be an integer, not {version!r}")
+        load(self.model, weights)
+        self.version = self.version + 1 if version is None else version
+        self.weights_changed()
+        if recompute:
+            for request in sorted(self.scheduler.active, key=lambda request: -request.arrival):
+                self.scheduler.preempt(request)
+        return self.version
+
     def weights_changed(self) -> None:
         """The model's weights are others now (`step` sees it by itself when they were written to in place): what was
         computed with the old ones is shared with nobody any more. Running answers go on with the new ones."""
@@ -222,22 +279,22 @@ class Engine:
     def stats(self) -> dict[str, int]:
         """Numbers for whoever watches: requests waiting and active; bytes of storage held for keys and values, and of
         the pages in use; and since the start: requests that found a beginning in the prefix cache, the tokens they
-        found, preemptions, tokens generated and prompt tokens computed; the weights' version."""
+        found, preemptions, tokens generated, prompt tokens computed, guessed tokens that were checked, and of these
+        those that were right; the weights' version."""
         scheduler, used = self.scheduler, self.pages.total - self.pages.free
         return {
             "waiting": len(scheduler.waiting), "active": len(scheduler.active),
             "cache_bytes": self.cache.nbytes, "cache_bytes_used": used * page_bytes(self.config, self.model.dtype),
             "prefix_hits": scheduler.prefix_hits, "prefix_tokens": scheduler.prefix_tokens,
             "preemptions": scheduler.preemptions, "tokens_generated": self._tokens_generated,
-            "tokens_prefilled": self._tokens_prefilled, "version": self.version,
+            "tokens_prefilled": self._tokens_prefilled, "tokens_drafted": self.drafted,
+            "tokens_accepted": self.accepted, "version": self.version,
         }  # fmt: skip
 
-    def _advance(
-        self, group: list[Running], forward: Callable[[list[Running]], tuple[list[Running], Tensor | None]]
-    ) -> None:
+    def _advance(self, group: list[Running], forward: Callable[[list[Running]], Pass]) -> None:
         """Runs `forward` on the group, or on each alone if together it fails, and gives out the tokens it leads to."""
         try:
-            ready, logits_BV = forward(group)
+            ready, logits_BTV, routes_BTL = forward(group)
         except Exception as error:  # whose fault it is shows when each runs alone
             if len(group) == 1:
                 self._finish(group[0], "error", error)
@@ -248,24 +305,39 @@ class Engine:
             return
         if not ready:
             return
-        tokens, logprobs = self._choose(ready, logits_BV)
-        for request, token, logprob in zip(ready, tokens, logprobs, strict=True):
-            if request.completion is None:  # a sink may have aborted it
-                self._accept(request, token, logprob)
+        results = self._choose(ready, logits_BTV)
+        if forward == self._decode:  # the newest token of each was fed, and its draft: what was confirmed of it counts
+            for request, (chosen, _) in zip(ready, results, strict=True):
+                self.drafted += len(request.draft)
+                self.accepted += max(0, len(chosen) - 1)
+                self.scheduler.advance(request, max(1, len(chosen)))
+                request.draft = []
+        for i, (request, (chosen, error)) in enumerate(zip(ready, results, strict=True)):
+            for t, choice in enumerate(chosen):
+                if request.completion is None:  # a stop, or a sink that aborted it
+                    if request.sampling.return_routes:
+                        request.routes.append(routes_BTL[i, t])
+                    self._accept(request, choice)
+            if error is not None and request.completion is None:
+                self._finish(request, "error", error)
 
-    def _choose(self, ready: list[Running], logits_BV: Tensor) -> tuple[list[int], list[float]]:
-        """The next token of each, and its log-probability."""
+    def _choose(self, ready: list[Running], logits_BTV: Tensor) -> list[tuple[list[Choice], Exception | None]]:
+        """The next tokens of each, and what went wrong behind them."""
         if self.forward.invariant and len(ready) > 1:
-            chosen = [self._choose([request], row) for request, row in zip(ready, logits_BV.split(1), strict=True)]
-            return [tokens[0] for tokens, _ in chosen], [logprobs[0] for _, logprobs in chosen]
-        return sample(logits_BV, [r.sampling for r in ready], [r.generator for r in ready], self._banned_V)
+            parts = zip(ready, logits_BTV.split(1), strict=True)
+            return [result for request, row in parts for result in self._choose([request], row)]
+        drafts = [request.draft for request in ready]
+        return choose(logits_BTV, [request.chooser for request in ready], self._banned_V, drafts)
 
-    def _prefill(self, group: list[Running]) -> tuple[list[Running], Tensor | None]:
-        """The next prompt slice of each; returns those whose prompt is complete, with their next logits [n, V]."""
+    def _prefill(self, group: list[Running]) -> Pass:
+        """The next prompt slice of each; those whose prompt is complete are ready."""
         lengths = [self.scheduler.slice_length(request) for request in group]
-        hidden_BTD = self.forward(group, lengths)
+        with self._routes(group) as routes:
+            hidden_BTD = self.forward(group, lengths)
         done = [i for i, (r, n) in enumerate(zip(group, lengths, strict=True)) if r.fed + n == r.target]
-        logits_BV = self.forward.head(hidden_BTD[done, [lengths[i] - 1 for i in done]]) if done else None
+        last = [lengths[i] - 1 for i in done]
+        logits_BTV = self.forward.head(hidden_BTD[done, last])[:, None] if done else None
+        routes_BTL = _routes_of([ids_BT[done, last][:, None] for ids_BT in routes])
         ready = [group[i] for i in done]
         finite = hidden_BTD.isfinite().flatten(1).all(1).tolist()
         for request, n, good in zip(group, lengths, finite, strict=True):  # from here on nothing may fail
@@ -274,31 +346,41 @@ class Engine:
         for request in ready:
             request.features = None
         self._tokens_prefilled += sum(lengths)
-        return ready, logits_BV
+        return Pass(ready, logits_BTV, routes_BTL)
 
-    def _decode(self, group: list[Running]) -> tuple[list[Running], Tensor]:
-        """Feeds each its newest token; returns all of them with logits [n, V]."""
-        logits_BV = self.forward.head(self.forward(group, [1] * len(group))[:, 0])
-        for request in group:
-            self.scheduler.advance(request, 1)
-        return group, logits_BV
+    def _decode(self, group: list[Running]) -> Pass:
+        """Feeds each its newest token and its draft; all are ready."""
+        for request, draft in zip(group, self._drafts(group), strict=True):
+            request.draft = usable(request, draft)[: self.scheduler.fit(request, 1 + len(draft)) - 1]
+        with self._routes(group) as routes:
+            hidden_BTD = self.forward(group, [1 + len(request.draft) for request in group])
+        logits_NV = self.forward.head(hidden_BTD.flatten(0, 1))
+        return Pass(group, logits_NV.unflatten(0, hidden_BTD.shape[:2]), _routes_of(routes))
 
-    def _accept(self, request: Running, token: int, logprob: float) -> None:
+    def _drafts(self, group: list[Running]) -> list[list[int]]:
+        most = min(self.speculate, CHECKED // len(group) - 1)
+        return self.drafter.propose(group, most) if most > 0 else [[] for _ in group]
+
+    def _routes(self, group: list[Running]):
+        """Records the experts of a forward pass, if one of the group wants to know them."""
+        wanted = any(request.sampling.return_routes for request in group)
+        return record_routes(self.model) if wanted else nullcontext([])
+
+    def _accept(self, request: Running, choice: Choice) -> None:
         """The request's next token was chosen: text, stops and limits."""
-        if not math.isfinite(logprob):
-            self._finish(request, "error", FloatingPointError("the model's logits are not finite"))
-            return
+        token = choice.token
         if not request.tokens:
             request.first = time.perf_counter()
         request.tokens.append(token)
-        request.logprobs.append(logprob)
+        request.choices.append(choice)
+        request.versions.append(self.version)
         self._tokens_generated += 1
         if token in request.stop_ids:
             self._finish(request, "stop")
             return
         piece = request.stream.push(token)
         request.pieces.append(piece)
-        self._emit(request, Event(request.id, piece, token, logprob))
+        self._emit(request, Event(request.id, piece, token, choice.logprob, top_logprobs=choice.top))
         if request.completion is not None:
             return
         if request.stream.stopped:
@@ -309,6 +391,8 @@ class Engine:
     def _finish(self, request: Running, reason: str, error: Exception | None = None) -> None:
         """The request leaves: its row is given to another and its last event is sent."""
         del self._requests[request.id]
+        if self.drafter is not None:
+            self.drafter.forget(request.id)
         if request.row >= 0 and reason in ("abort", "error"):
             if reason == "error":
                 self.prefix.forget(request.keys)
@@ -332,94 +416,12 @@ class Engine:
             if request.completion is None:
                 self._finish(request, "error", error)
 
-    # ---- for one caller
+    generate, stream = ask.generate, ask.stream
 
-    def generate(
-        self,
-        prompts: Sequence,
-        max_tokens: int | None = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
-        errors: str = "raise",
-    ) -> list[Completion]:
-        """Answers to all prompts (each a list of messages, an `Encoded` or token ids), in their order.
 
-        Sampling is explained in sampler.py. seed: one for all, or one for each prompt. errors: "raise" raises the
-        first request's error (and drops the rest), "return" puts it in that request's Completion (finish_reason
-        "error").
-        """
-        if errors not in ("raise", "return"):
-            raise PunaError(f'errors: must be "raise" or "return", not {errors!r}')
-        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], dict)):
-            raise PunaError("generate takes a list of prompts: put the messages in one more list")
-        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
-        if len(seeds) != len(prompts):
-            raise PunaError(f"seed: {len(seeds)} seeds were given for {len(prompts)} prompts")
-        samplings = [Sampling(max_tokens, temperature, top_p, top_k, s, stop, stop_ids) for s in seeds]
-        results: list[Completion | None] = [None] * len(prompts)
-        own: dict[str, int] = {}
-
-        failed: list[Exception] = []
-
-        def sink(event: Event) -> None:
-            if event.completion is not None:
-                results[own.pop(event.id)] = event.completion
-                if event.completion.error is not None:
-                    failed.append(event.completion.error)
-
-        todo = iter(range(len(prompts)))
-        held: list[Event] = []  # of requests that others added
-        try:
-            while True:
-                # Prompts are tokenised as they are needed, so that ten thousand pictures need not be in memory at
-                # once.
-                while len(self.scheduler.waiting) < self.scheduler.rows and (i := next(todo, None)) is not None:
-                    id = f"request-{next(self._numbers)}"
-                    own[id] = i
-                    try:
-                        self.add_request(prompts[i], samplings[i], id, sink)
-                    except Exception as error:
-                        if errors == "raise":
-                            raise
-                        del own[id]
-                        results[i] = Completion(id, "", [], [], "error", 0, error=error)
-                if not own:
-                    return results
-                held += self.step()
-                if failed and errors == "raise":
-                    raise failed[0]
-        finally:
-            for id in list(own):
-                self.abort(id)
-            self._events = held + self._events
-
-    def stream(self, messages, **sampling) -> Iterator[str]:
-        """The answer to one prompt, piece by piece. Keywords are `Sampling`'s; closing the generator aborts."""
-        try:
-            settings = Sampling(**sampling)
-        except TypeError as error:
-            raise PunaError(f"stream: {str(error).partition(') ')[2] or error}") from error
-        events: list[Event] = []
-        id = self.add_request(messages, settings, sink=events.append)
-        held: list[Event] = []  # of requests that others added
-        try:
-            while True:
-                held += self.step()
-                now, events[:] = list(events), []
-                for event in now:
-                    if event.text:
-                        yield event.text
-                    if event.completion is not None:
-                        if event.completion.error is not None:
-                            raise event.completion.error
-                        return
-        finally:
-            self.abort(id)
-            self._events = held + self._events
+def _routes_of(routes: list[Tensor]) -> np.ndarray | None:
+    """The experts that `record_routes` noted, as int16 [B, T, MoE layers]."""
+    return torch.stack(routes, dim=-1).to(torch.int16).cpu().numpy() if routes else None
 
 
 def _nobody(event: Event) -> None:

@@ -143,6 +143,12 @@ class Scheduler:
                 self.preempt(max(self.active, key=lambda sequence: sequence.arrival))
         return self.active[: self.decoding]
 
+    def fit(self, sequence: Schedulable, n: int) -> int:
+        """How many of the next n tokens of one that decodes can be fed at once: up to its chunk's border, and as long
+        as there are pages without taking any from others."""
+        n = min(n, self.room(sequence))
+        return n if self._reserve(sequence, sequence.fed + n) else len(sequence.pages) * self.pages.size - sequence.fed
+
     def advance(self, sequence: Schedulable, n: int) -> None:
         """n more of its tokens are in the cache. With the last of its target it decodes from now on."""
         sequence.fed += n

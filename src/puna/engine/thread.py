@@ -1,12 +1,12 @@
 """The engine in a thread of its own, for a server: requests come in from any thread, events go out through queues.
 
     caller's thread                        engine's thread
-    submit(): tokenise, check  --inbox-->  add_request
+    submit(): tokenise, check  --inbox-->  start
     handle.abort()             --inbox-->  abort               step, step, step … sleeps when there is nothing to do
     for event in handle:       <--queue--  sink
 
-Tokenising and opening pictures happen in the caller's thread, so a wrong prompt is refused there and does not hold
-up the others. A handle's queue needs no limit of its own: max_tokens bounds it.
+Tokenising, opening pictures and compiling grammars happen in the caller's thread, so a wrong request is refused there
+and does not hold up the others. A handle's queue needs no limit of its own: max_tokens bounds it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import TypeVar
 
 from puna.engine.engine import Engine
-from puna.engine.request import Event, Running
+from puna.engine.request import Event
 from puna.engine.sampler import Sampling
 from puna.errors import PunaError
 
+Result = TypeVar("Result")
 log = logging.getLogger("puna.engine")
 
 
@@ -74,14 +77,24 @@ class EngineThread:
 
         salt: prompts with different ones share nothing in the prefix cache.
         """
-        engine = self.engine
-        prepared, sampling = engine.prepare(prompt, salt), sampling or Sampling()
+        prepared = self.engine.prepare(prompt, salt)
         handle = Handle(f"answer-{next(self._numbers)}", len(prepared.tokens), self._abort)
-        # Made here only to be checked here; the engine makes its own.
-        made = Running.make(handle.id, prepared, sampling, engine.processor, engine.config, engine.max_context, None)
-        engine.fits(made)
-        self._tell(lambda: engine.add_request(prepared, sampling, handle.id, handle.events.put))
+        request = self.engine.make(prepared, sampling, handle.id, handle.events.put, salt)
+        self._tell(lambda: self.engine.start(request))
         return handle
+
+    def call(self, function: Callable[[Engine], Result]) -> Result:
+        """What `function` returns or raises when the engine's thread calls it with the engine, between two steps."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(self.engine))
+            except Exception as error:
+                future.set_exception(error)
+
+        self._tell(run)
+        return future.result()
 
     def close(self) -> None:
         """Aborts what is running and ends the thread; returns when it has ended."""
