@@ -16,7 +16,7 @@ from puna.model import Llama4
 from puna.model.config import ModelConfig, VisionConfig
 from puna.processor import StreamDecoder
 from puna.serve import create_app
-from puna.serve.api import fingerprint
+from puna.serve.run import fingerprint
 
 
 def tiny_model(processor):

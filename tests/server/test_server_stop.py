@@ -15,15 +15,15 @@ import pytest
 from server_fakes import PATH, ask
 
 from puna.errors import PunaError
-from puna.serve.api import listen
+from puna.serve.run import listen
 
 HERE = Path(__file__).parent
 SCRIPT = """
 import sys
 from server_fakes import FakeEngine, make_app
-from puna.serve.api import listen, run
+from puna.serve.run import listen, run
 from puna.serve.limits import Limits
-app = make_app(FakeEngine(lambda m: "word " * int(sys.argv[1]), pause=0.05, context=5000), limits=Limits.from_env())
+app = make_app(FakeEngine(lambda m: "word " * int(sys.argv[1]), pause=0.05, context=5000), limits=Limits.read())
 run(app, listen("127.0.0.1", 0))
 print("closed in order")
 """
