@@ -24,7 +24,6 @@ Not thread-safe: one thread uses an engine. The server's is in thread.py.
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -32,8 +31,9 @@ import torch
 from torch import Tensor
 
 from puna.engine.cache import HybridCache
+from puna.engine.constrain import Grammars
 from puna.engine.request import Completion, Event, Prompt, Running, Sink, prepare
-from puna.engine.sampler import Sampling, sample
+from puna.engine.sampler import Choice, Sampling, choose
 from puna.engine.scheduler import Scheduler
 from puna.errors import PunaError
 
@@ -82,6 +82,7 @@ class Engine:
         self._numbers = itertools.count(1)
         self._pad = 1 if config.patch_token == 0 else 0
         self._banned_V = self._banned()
+        self.grammars = Grammars(processor and processor.tokenizer, config.vocab_size)
 
     def _banned(self) -> Tensor | None:
         """bool [V]: control tokens that don't end an answer, and ids no text has."""
@@ -107,13 +108,21 @@ class Engine:
         Raises PunaError at once for a prompt or sampling that cannot be served, and for an id in use.
         """
         id = f"request-{next(self._numbers)}" if id is None else id
-        if id in self._requests:
-            raise PunaError(f"a request with the id {id!r} is running: ids must differ")
-        prompt, sampling = self.prepare(prompt), sampling or Sampling()
-        request = Running.make(id, prompt, sampling, self.processor, self.config, self.max_context, sink)
-        self._requests[id] = request
-        self.scheduler.add(request)
+        self.start(self.make(prompt, sampling, id, sink))
         return id
+
+    def make(self, prompt, sampling: Sampling | None, id: str, sink: Sink | None = None) -> Running:
+        """A request checked as a whole, its grammar compiled; any thread may do this. Raises PunaError."""
+        prompt, sampling = self.prepare(prompt), sampling or Sampling()
+        own = (self.processor, self.config, self.max_context)
+        return Running.make(id, prompt, sampling, *own, sink, self.grammars, self.device)
+
+    def start(self, request: Running) -> None:
+        """Queues a request that `make` made. PunaError: its id is in use."""
+        if request.id in self._requests:
+            raise PunaError(f"a request with the id {request.id!r} is running: ids must differ")
+        self._requests[request.id] = request
+        self.scheduler.add(request)
 
     def abort(self, id: str) -> bool:
         """Ends a request now (finish_reason "abort") and frees its place. False if none of that id is running."""
@@ -180,11 +189,14 @@ class Engine:
             return
         if not ready:
             return
-        samplings, generators = [r.sampling for r in ready], [r.generator for r in ready]
-        tokens, logprobs = sample(logits_BV, samplings, generators, self._banned_V)
-        for request, token, logprob in zip(ready, tokens, logprobs, strict=True):
-            if request.completion is None:  # a sink may have aborted it
-                self._accept(request, token, logprob)
+        chosen = choose(logits_BV, [request.chooser for request in ready], self._banned_V)
+        for request, result in zip(ready, chosen, strict=True):
+            if request.completion is not None:  # a sink may have aborted it
+                continue
+            if isinstance(result, Choice):
+                self._accept(request, result)
+            else:
+                self._finish(request, "error", result)
 
     def _prefill(self, group: list[Running]) -> tuple[list[Running], Tensor | None]:
         """The next prompt slice of each; returns those whose prompt is complete, with their next logits [n, V]."""
@@ -230,21 +242,19 @@ class Engine:
         self.cache.advance(rows, [1] * len(rows))
         return group, logits_BV
 
-    def _accept(self, request: Running, token: int, logprob: float) -> None:
+    def _accept(self, request: Running, choice: Choice) -> None:
         """The request's next token was chosen: text, stops and limits."""
-        if not math.isfinite(logprob):
-            self._finish(request, "error", FloatingPointError("the model's logits are not finite"))
-            return
+        token = choice.token
         if not request.tokens:
             request.first = time.perf_counter()
         request.tokens.append(token)
-        request.logprobs.append(logprob)
+        request.choices.append(choice)
         if token in request.stop_ids:
             self._finish(request, "stop")
             return
         piece = request.stream.push(token)
         request.pieces.append(piece)
-        self._emit(request, Event(request.id, piece, token, logprob))
+        self._emit(request, Event(request.id, piece, token, choice.logprob, top_logprobs=choice.top))
         if request.completion is not None:
             return
         if request.stream.stopped:
@@ -281,22 +291,12 @@ class Engine:
     # ---- for one caller
 
     def generate(
-        self,
-        prompts: Sequence,
-        max_tokens: int | None = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
-        errors: str = "raise",
+        self, prompts: Sequence, seed: int | Sequence[int] | None = None, errors: str = "raise", **sampling
     ) -> list[Completion]:
         """Answers to all prompts (each a list of messages, an `Encoded` or token ids), in their order.
 
-        Sampling is explained in sampler.py. seed: one for all, or one for each prompt. errors: "raise" raises the
-        first request's error (and drops the rest), "return" puts it in that request's Completion (finish_reason
-        "error").
+        Other keywords are `Sampling`'s. seed: one for all, or one for each prompt. errors: "raise" raises the first
+        request's error (and drops the rest), "return" puts it in that request's Completion (finish_reason "error").
         """
         if errors not in ("raise", "return"):
             raise PunaError(f'errors: must be "raise" or "return", not {errors!r}')
@@ -305,7 +305,7 @@ class Engine:
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
         if len(seeds) != len(prompts):
             raise PunaError(f"seed: {len(seeds)} seeds were given for {len(prompts)} prompts")
-        samplings = [Sampling(max_tokens, temperature, top_p, top_k, s, stop, stop_ids) for s in seeds]
+        samplings = [_settings("generate", seed=s, **sampling) for s in seeds]
         results: list[Completion | None] = [None] * len(prompts)
         own: dict[str, int] = {}
 
@@ -345,10 +345,7 @@ class Engine:
 
     def stream(self, messages, **sampling) -> Iterator[str]:
         """The answer to one prompt, piece by piece. Keywords are `Sampling`'s; closing the generator aborts."""
-        try:
-            settings = Sampling(**sampling)
-        except TypeError as error:
-            raise PunaError(f"stream: {str(error).partition(') ')[2] or error}") from error
+        settings = _settings("stream", **sampling)
         events: list[Event] = []
         id = self.add_request(messages, settings, sink=events.append)
         held: list[Event] = []  # of requests that others added
@@ -366,6 +363,13 @@ class Engine:
         finally:
             self.abort(id)
             self._events = held + self._events
+
+
+def _settings(caller: str, **sampling) -> Sampling:
+    try:
+        return Sampling(**sampling)
+    except TypeError as error:
+        raise PunaError(f"{caller}: {str(error).partition(') ')[2] or error}") from error
 
 
 def _nobody(event: Event) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from puna.engine.sampler import Sampling
+from puna.engine.constrain import Grammars
+from puna.engine.sampler import Choice, Chooser, Sampling
 from puna.engine.text import TextStream
 from puna.errors import PunaError
 from puna.model.config import ModelConfig
@@ -31,8 +32,9 @@ class Completion:
     text: without the stop string or stop token. tokens: all that were sampled, the stop token included; logprobs:
     their log-probabilities under the raw logits, one for each. finish_reason: "stop" (a stop token or string),
     "length" (max_tokens, or the context is full), "abort", or "error" (then `error` says what happened, to this
-    request alone). prompt_tokens: length of the prompt. prefill_seconds: from getting a place in the batch to the
-    first token; tokens_per_second: of the tokens after it (0 if there are none).
+    request alone). prompt_tokens: length of the prompt, cached_tokens: of these, those taken from the prefix cache.
+    prefill_seconds: from getting a place in the batch to the first token; tokens_per_second: of the tokens after it (0
+    if there are none). top_logprobs: for each token, the likeliest ones and their log-probabilities (raw logits).
     """
 
     id: str
@@ -44,11 +46,13 @@ class Completion:
     prefill_seconds: float = 0.0
     tokens_per_second: float = 0.0
     error: Exception | None = None
+    cached_tokens: int = 0
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Event:
-    """A step of one request: text that can be shown (often none yet) and the token behind it.
+    """A step of one request: text that can be shown (often none yet), the token behind it and the likeliest ones there.
 
     The last event of a request has token None, a finish_reason and the `completion`.
     """
@@ -58,6 +62,7 @@ class Event:
     token: int | None = None
     logprob: float | None = None
     completion: Completion | None = None
+    top_logprobs: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def finish_reason(self) -> str | None:
@@ -127,7 +132,7 @@ class Running:
     sampling: Sampling
     limit: int  # most tokens to sample
     stop_ids: frozenset[int]
-    generator: torch.Generator | None
+    chooser: Chooser
     stream: TextStream
     sink: Sink | None
     patch_at: np.ndarray  # places of the patch tokens in the prompt
@@ -136,14 +141,17 @@ class Running:
     row: int = -1
     arrival: int = 0
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)  # one for each token
     pieces: list[str] = field(default_factory=list)
     completion: Completion | None = None
     admitted: float = 0.0
     first: float = 0.0
 
     @classmethod
-    def make(cls, id: str, prompt: Prompt, sampling: Sampling, processor, config: ModelConfig, max_context: int, sink):
+    def make(
+        cls, id: str, prompt: Prompt, sampling: Sampling, processor, config: ModelConfig, max_context: int,
+        sink: Sink | None, grammars: Grammars, device: torch.device,
+    ) -> Running:  # fmt: skip
         """Checks what depends on prompt, model and sampling together; raises PunaError."""
         length = len(prompt.tokens)
         room = max_context - length
@@ -152,8 +160,9 @@ class Running:
                 f"{length} prompt tokens and max_tokens {sampling.max_tokens} do not fit in the "
                 f"context of {max_context}: shorten the prompt or lower max_tokens"
             )
-        if any(token >= config.vocab_size for token in sampling.stop_ids):
-            raise PunaError(f"stop_ids: token ids must lie in 0..{config.vocab_size - 1}")
+        for name, ids in (("stop_ids", sampling.stop_ids), ("logit_bias", sampling.logit_bias)):
+            if any(token >= config.vocab_size for token in ids):
+                raise PunaError(f"{name}: token ids must lie in 0..{config.vocab_size - 1}")
         if sampling.stop and processor is None:
             raise PunaError("stop: this model has no tokenizer, so it makes no text to stop at; use stop_ids")
         own, decoder = (), None
@@ -167,7 +176,13 @@ class Running:
             sampling=sampling,
             limit=room if sampling.max_tokens is None else sampling.max_tokens,
             stop_ids=frozenset(own) | frozenset(sampling.stop_ids),
-            generator=sampling.generator(),
+            chooser=Chooser(
+                sampling,
+                prompt.tokens,
+                config.vocab_size,
+                device,
+                grammars.start(sampling.constraint) if sampling.constraint else None,
+            ),
             stream=TextStream(decoder, sampling.stop),
             sink=sink,
             patch_at=np.flatnonzero(prompt.tokens == config.patch_token) if prompt.tiles is not None else np.empty(0),
@@ -192,11 +207,12 @@ class Running:
             id=self.id,
             text="".join(self.pieces),
             tokens=self.tokens,
-            logprobs=self.logprobs,
+            logprobs=[choice.logprob for choice in self.choices],
             finish_reason=reason,
             prompt_tokens=self.length,
             prefill_seconds=self.first - self.admitted if self.tokens else 0.0,
             tokens_per_second=after / max(now - self.first, 1e-9) if after > 0 else 0.0,
             error=error,
+            top_logprobs=[choice.top for choice in self.choices] if self.sampling.top_logprobs else [],
         )
         return self.completion

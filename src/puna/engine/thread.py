@@ -1,12 +1,12 @@
 """The engine in a thread of its own, for a server: requests come in from any thread, events go out through queues.
 
     caller's thread                        engine's thread
-    submit(): tokenise, check  --inbox-->  add_request
+    submit(): tokenise, check  --inbox-->  start
     handle.abort()             --inbox-->  abort               step, step, step … sleeps when there is nothing to do
     for event in handle:       <--queue--  sink
 
-Tokenising and opening pictures happen in the caller's thread, so a wrong prompt is refused there and does not hold
-up the others. A handle's queue needs no limit of its own: max_tokens bounds it.
+Tokenising, opening pictures and compiling grammars happen in the caller's thread, so a wrong request is refused there
+and does not hold up the others. A handle's queue needs no limit of its own: max_tokens bounds it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from puna.engine.engine import Engine
-from puna.engine.request import Event, Running
+from puna.engine.request import Event
 from puna.engine.sampler import Sampling
 from puna.errors import PunaError
 
@@ -79,12 +79,10 @@ class EngineThread:
 
     def submit(self, prompt, sampling: Sampling | None = None) -> Handle:
         """Queues a request (messages, `Encoded` or token ids). Raises PunaError at once if it cannot be served."""
-        engine = self.engine
-        prepared, sampling = engine.prepare(prompt), sampling or Sampling()
+        prepared = self.engine.prepare(prompt)
         handle = Handle(f"answer-{next(self._numbers)}", len(prepared.tokens), self._abort)
-        # Made here only to be checked here; the engine makes its own.
-        Running.make(handle.id, prepared, sampling, engine.processor, engine.config, engine.max_context, None)
-        self._tell(lambda: engine.add_request(prepared, sampling, handle.id, handle.events.put))
+        request = self.engine.make(prepared, sampling, handle.id, handle.events.put)
+        self._tell(lambda: self.engine.start(request))
         return handle
 
     def close(self) -> None:
