@@ -87,7 +87,7 @@ class FakeEngine:
                 reason = "length"
                 break
             time.sleep(self.pause)
-            top = [(number + i, -0.5 - i) for i in range(getattr(sampling, "top_logprobs", 0))]
+            top = [(number + i, -0.5 - i) for i in range(sampling.top_logprobs)]
             handle.events.put(FakeEvent(piece, number, logprob=-0.5, top_logprobs=top))
         handle.events.put(answer if broken else FakeEvent("", None, reason))
         handle.over = True

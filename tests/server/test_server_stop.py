@@ -51,21 +51,44 @@ def begin(port):
     return connection, response
 
 
+def status(port, method, path, body=None):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request(method, path, body and json.dumps(body), {"content-type": "application/json"})
+    response = connection.getresponse()
+    response.read()
+    connection.close()
+    return response.status, response.getheader("retry-after")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_running_answers_are_finished(number):
-    with server(words=20) as (process, port):
+def test_77_running_answers_are_finished_and_new_ones_refused(number):
+    with server(words=40) as (process, port):
         connection, response = begin(port)
+        assert status(port, "GET", "/ready")[0] == 200
         process.send_signal(number)
         time.sleep(0.3)
-        with pytest.raises(OSError):
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        for path in (PATH, "/v1/responses"):
+            assert status(port, "POST", path, ask()) == (503, "5")
+        assert status(port, "GET", "/health")[0] == 200 and status(port, "GET", "/ready")[0] == 503
         text = response.read().decode()
         connection.close()
         assert text.rstrip().endswith("[DONE]") and '"finish_reason":"stop"' in text
         assert process.wait(10) == 0 and process.stdout.read() == "closed in order\n"
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
 
 
-def test_drain_seconds_is_the_longest_wait():
+def test_77_a_second_signal_ends_it_at_once():
+    with server(words=1000) as (process, port):
+        connection, _ = begin(port)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        connection.close()
+
+
+def test_77_drain_seconds_is_the_longest_wait():
     with server(words=1000, PUNA_MAX_DRAIN_SECONDS="1") as (process, port):
         connection, _ = begin(port)
         began = time.monotonic()

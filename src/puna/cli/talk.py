@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -106,6 +107,32 @@ def _answer(engine, messages: list[dict], args) -> str | None:
 
 def serve(args) -> None:
     """Serves until it is stopped."""
-    from puna.serve import serve
+    from puna.serve import Limits, serve
 
-    serve(args.model, host=args.host, port=args.port, open_browser=args.open)
+    serve(
+        args.model, host=args.host, port=args.port, open_browser=args.open, name=args.name, engine=args.engine,
+        limits=Limits.read(limit_flags(args)), keys=api_keys(args.api_keys),
+    )  # fmt: skip
+
+
+def limit_flags(args) -> dict[str, int | None]:
+    """The limits that the command line gave, by name."""
+    from puna.serve.limits import table
+
+    return {row.name: getattr(args, row.flag.removeprefix("--").replace("-", "_")) for row in table()}
+
+
+def api_keys(path: str | None) -> list[str]:
+    """API keys, of a file (one a line, # begins a comment) and of PUNA_API_KEY. Never an argument: those are seen by
+    everybody on the machine."""
+    keys = [os.environ["PUNA_API_KEY"]] if "PUNA_API_KEY" in os.environ else []
+    if path is not None:
+        try:
+            lines = Path(path).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PunaError(f"cannot read the API keys in {path}: {error}") from error
+        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not found:
+            raise PunaError(f"{path} holds no API key: write one a line")
+        keys += found
+    return keys

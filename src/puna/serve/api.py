@@ -210,7 +210,7 @@ class Server:
             def submit() -> Answers:  # opens pictures, encodes and queues: blocking work, hence its own thread
                 return Answers(self.engine, prompts(), samplings(asked, limits, n), limits.answer_seconds, salt)
 
-            answers = await asyncio.to_thread(self._refusing, submit)
+            answers = await asyncio.to_thread(self._refusing, submit, asked)
             made, pieces = frame(answers), self._measured(answers)
             if not asked.stream:
                 return await _whole(request, answers, made.whole(pieces))
@@ -218,14 +218,14 @@ class Server:
             close = lambda: (answers.abort(), place.leave())  # noqa: E731
             return EventStream(made.events(pieces), close, limits.read_seconds)
 
-    def _refusing(self, call: Callable):
+    def _refusing(self, call: Callable, asked: Sampled | None = None):
         """call(), whose PunaError is the client's mistake, or the engine's end."""
         try:
             return call()
         except PunaError as error:
             if not self.engine.alive:
                 raise ApiError(503, str(error), code="engine_stopped") from None
-            raise _refusal(error) from None
+            raise _refusal(error, asked) from None
 
     def _conversation(self, asked: ChatRequest) -> list[dict]:
         """A chat's messages, as the processor takes them."""
@@ -312,15 +312,16 @@ def _wants_usage(asked: ChatRequest | CompletionRequest) -> bool:
     return asked.stream_options is not None and asked.stream_options.include_usage
 
 
-_FIELDS = {"constraint": "response_format", "stop_ids": "stop"}  # the engine's names of fields -> the API's
-
-
-def _refusal(error: PunaError) -> ApiError:
+def _refusal(error: PunaError, asked: Sampled | None) -> ApiError:
     """What the engine says of a request. Its messages about a field begin with the field's name and a colon."""
     text = str(error)
-    name, colon, _ = text.partition(": ")
-    if colon and name.isidentifier() and name in (*Sampled.model_fields, *_FIELDS):
-        return ApiError(400, text, _FIELDS.get(name, name), "invalid_value")
+    name, colon, rest = text.partition(": ")
+    if colon and name == "constraint":
+        forced = isinstance(asked, ChatRequest) and asked.forced
+        name = "regex" if asked is not None and asked.regex else "tool_choice" if forced else "response_format"
+        return ApiError(400, f"{name}: {rest}", name, "invalid_value")
+    if colon and name in Sampled.model_fields:
+        return ApiError(400, text, name, "invalid_value")
     return ApiError(400, text, "messages", "context_length_exceeded" if "context" in text else None)
 
 

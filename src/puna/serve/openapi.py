@@ -6,6 +6,8 @@ are put beside their addresses. Tests let schemathesis make up requests from it.
 
 from __future__ import annotations
 
+from functools import cache
+
 from pydantic.json_schema import models_json_schema
 
 from puna.serve.responses import ResponseRequest
@@ -43,6 +45,7 @@ _REFUSALS = {
 }  # fmt: skip
 
 
+@cache
 def document(version: str) -> dict:
     """The OpenAPI 3.1 document."""
     models = [(kind, "validation") for kind, _ in POSTS.values()]

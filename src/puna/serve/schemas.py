@@ -446,7 +446,7 @@ def _first(error: ValidationError) -> ApiError:
     location = complaint["loc"]
     if location and location[0] in _CHOICES and complaint["type"] != "missing":
         return ApiError(400, f"{location[0]} {_CHOICES[location[0]]}", location[0], "invalid_value")
-    name = where(location)
+    name = where(location[:1] if location[:1] == ("logit_bias",) else location)  # its keys are the client's
     if complaint["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {name!r}", name, "unknown_parameter")
     if complaint["type"] == "missing":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+from puna.engine.constrain import Constraint
 from puna.engine.sampler import Sampling
 from puna.serve.errors import ApiError
 from puna.serve.limits import Limits
@@ -39,8 +40,6 @@ def samplings(request: Sampled, limits: Limits, n: int) -> list[Sampling]:
     if request.top:
         given["top_logprobs"] = request.top
     if (shape := constraint(request, limits)) is not None:
-        from puna.engine.constrain import Constraint
-
         given["constraint"] = Constraint(*shape)
     seeds = [None if request.seed is None else (request.seed + i) % 2**63 for i in range(n)]
     return [Sampling(max_tokens=request.limit, stop=request.stops, seed=seed, **given) for seed in seeds]

@@ -24,12 +24,15 @@ from puna.serve import errors
 log = logging.getLogger("puna.serve")
 
 
+_END = "</box>"
+
+
 class Reader:
     """Makes of one answer's text, piece by piece: text, boxes, and calls of the functions named in `tools`."""
 
     def __init__(self, most_boxes: int, tools: Sequence[str] = ()):
         """tools: none: all of the answer is text."""
-        self.text, self.most, self.boxes, self.calls = "", most_boxes, 0, 0
+        self.tail, self.most, self.boxes, self.calls = "", most_boxes, 0, 0
         self.parser = CallParser(tools) if tools else None
 
     def read(self, piece: str, last: bool) -> tuple[str, list[dict], list[dict]]:
@@ -49,11 +52,13 @@ class Reader:
         return text, calls, self._new_boxes(text)
 
     def _new_boxes(self, text: str) -> list[dict]:
-        self.text += text
-        if ">" not in text:  # every box ends with one
-            return []
-        found = [dataclasses.asdict(box) for box in parse_boxes(self.text)[: self.most]]
-        new, self.boxes = found[self.boxes :], len(found)
+        self.tail += text
+        found = parse_boxes(self.tail) if _END in self.tail else []
+        rest = self.tail.rpartition(_END)[2]  # a box lies between two ends, so what is before the last one is done with
+        begin = rest.rfind("<box ")
+        self.tail = rest[begin:] if begin >= 0 else rest[-4:]
+        new = [dataclasses.asdict(box) for box in found[: self.most - self.boxes]]
+        self.boxes += len(new)
         return new
 
 
