@@ -38,8 +38,8 @@ def real(tiny_processor):
     from puna.serve import create_app
 
     torch.set_num_threads(1)
-    with EngineThread(Engine(lively_model(tiny_processor), tiny_processor, max_batch=4)) as thread:
-        app = create_app(thread, "tiny", "0" * 64, context=512, tokenizer=tiny_processor.tokenizer)
+    with EngineThread(Engine(lively_model(tiny_processor, 2048), tiny_processor, max_batch=4)) as thread:
+        app = create_app(thread, "tiny", "0" * 64, context=2048, tokenizer=tiny_processor.tokenizer)
         with TestClient(app, raise_server_exceptions=False) as client:
             client.engine = thread
             yield client

@@ -11,7 +11,6 @@ import threading
 import time
 from dataclasses import dataclass
 
-import pytest
 from PIL import Image
 
 from puna.errors import PunaError
@@ -146,6 +145,8 @@ JSON = {"content-type": "application/json"}
 
 def case(number, name, *values):
     """A row of a table of F.4's cases: its id begins with the case's number (test_cases.py counts them)."""
+    import pytest  # a server in a process of its own does without
+
     return pytest.param(*values, id=f"{number:02}-{name}")
 
 

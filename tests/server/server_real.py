@@ -13,15 +13,15 @@ from puna.serve import create_app
 from puna.serve.limits import Limits
 
 
-def lively_model(processor):
+def lively_model(processor, max_context=512):
     """Random but sharp, so that answers depend on the prompt; it never ends an answer by itself."""
     torch.manual_seed(0)
     tokenizer = processor.tokenizer
-    vision = VisionConfig(image_size=16, patch_size=4, width=32, layers=1, heads=2, mlp_width=32, adapter_width=32)
+    vision = VisionConfig(image_size=16, patch_size=4, width=32, layers=1, heads=2, mlp_width=128, adapter_width=32)
     model = Llama4(
         ModelConfig(
             tokenizer.vocab_size, d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, expert_width=32,
-            dense_width=32, n_experts=4, chunk=32, floor_scale=8, max_context=512, patch_token=tokenizer.patch,
+            dense_width=32, n_experts=4, chunk=32, floor_scale=8, max_context=max_context, patch_token=tokenizer.patch,
             vision=vision,
         )
     ).eval()  # fmt: skip

@@ -59,7 +59,7 @@ def test_n_answers_are_those_of_n_seeds(real):
 @pytest.mark.usefixtures("real_still_well")
 @pytest.mark.parametrize(
     "fields",
-    [{"logit_bias": {"300": 100}}, {"frequency_penalty": 2}, {"presence_penalty": 2}, {"repetition_penalty": 9},
+    [{"logit_bias": {"300": 100}}, {"repetition_penalty": 9},
      {"temperature": 2, "seed": 1, "min_p": 0.5}, {"regex": "[0-9]{8}"}],
 )  # fmt: skip
 def test_sampling_fields_change_the_answer(real, fields):
@@ -98,7 +98,7 @@ def test_completions_echo_logprobs_and_streams(real):
     whole = real.post(COMPLETIONS, json={**body, "logprobs": 2}).json()["choices"][0]
     numbers = whole["logprobs"]
     assert {len(v) for v in numbers.values()} == {8} and whole["text"] == plain["text"]
-    assert all(len(top) in (1, 2) and max(top.values()) == pytest.approx(lp)
+    assert all(len(top) in (1, 2) and max(top.values()) >= lp - 1e-6
                for top, lp in zip(numbers["top_logprobs"], numbers["token_logprobs"], strict=True))  # fmt: skip
     assert numbers["text_offset"] == sorted(numbers["text_offset"])
     fields = {**body, "stream": True, "echo": True, "stream_options": {"include_usage": True}}

@@ -9,6 +9,8 @@ import openai
 import pytest
 from server_fakes import PATH, FakeEngine, ask, data_url, make_app, running, show
 
+from puna.engine.constrain import Constraint
+
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
 
@@ -58,11 +60,18 @@ def test_usage_chunk_only_when_asked(client, wanted):
 
 
 def test_sampling_reaches_the_engine(client, engine):
-    fields = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "seed": 3, "stop": ["x", "yz"], "n": 1}
+    fields = {
+        "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "seed": 3, "stop": ["x", "yz"], "n": 1,
+        "min_p": 0.1, "frequency_penalty": 0.5, "presence_penalty": -1, "repetition_penalty": 1.5,
+    }  # fmt: skip
     assert client.post(PATH, json=ask(**fields)).status_code == 200
     sampling = engine.submitted[-1][1]
     fields.pop("n")
     assert {name: getattr(sampling, name) for name in fields} == {**fields, "stop": ("x", "yz")}
+    assert client.post(PATH, json=ask(logit_bias={"7": -5}, logprobs=True, top_logprobs=4)).status_code == 200
+    assert (engine.submitted[-1][1].logit_bias, engine.submitted[-1][1].top_logprobs) == ({7: -5}, 4)
+    assert client.post(PATH, json=ask(regex="a+")).status_code == 200
+    assert engine.submitted[-1][1].constraint == Constraint("regex", "a+")
     assert client.post(PATH, json=ask(max_completion_tokens=9, stop="q")).status_code == 200
     assert (engine.submitted[-1][1].max_tokens, engine.submitted[-1][1].stop) == (9, ("q",))
     assert engine.submitted[-1][1].temperature == 0 and engine.submitted[-1][1].seed is None

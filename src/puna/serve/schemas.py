@@ -400,6 +400,7 @@ Request = TypeVar("Request", bound=Strict)
 # What to say where a field is a choice of types: pydantic would list what each of them found wrong.
 _CHOICES = {
     "stop": "must be a string or a list of strings",
+    "input": "must be a string or a list of items, not empty",
     "prompt": "must be a string, a list of strings, a list of token ids, or a list of such lists",
     "tool_choice": "must be 'none', 'auto', 'required' or {\"type\": \"function\", \"function\": {\"name\": ...}}",
 }
