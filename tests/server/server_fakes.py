@@ -63,7 +63,7 @@ class FakeEngine:
         self.salts.append(salt)
         return messages
 
-    def submit(self, messages, sampling):
+    def submit(self, messages, sampling, salt=None):
         if not isinstance(messages[0], dict):  # token ids
             messages = [{"role": "user", "content": [{"type": "text", "text": "." * len(messages)}]}]
         prompt = sum(len(p.get("text", "....")) for m in messages for p in m["content"])

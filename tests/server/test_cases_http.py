@@ -1,4 +1,5 @@
-"""Cases 1 to 20 of serving-and-evaluation.md F.4: HTTP. Each with the status it must get; the server is well after it."""
+"""Cases 1 to 20 of serving-and-evaluation.md F.4: HTTP. Each with the status it must get; after it the server is
+well."""
 
 import asyncio
 import base64
@@ -127,7 +128,8 @@ KEYS = ("first-key", "second-key")
         case(14, "missing", {}, 401), case(14, "wrong", key("first-kex"), 401), case(14, "empty", key(""), 401),
         case(14, "no-scheme", {"authorization": "first-key"}, 401), case(14, "prefix", key("first-ke"), 401),
         case(14, "longer", key("first-key1"), 401), case(14, "very-long", key("x" * 50_000), 401),
-        case(14, "very-long-basic", basic("x" * 40_000), 401), case(14, "not-base64", {"authorization": "Basic !"}, 401),
+        case(14, "very-long-basic", basic("x" * 40_000), 401),
+        case(14, "not-base64", {"authorization": "Basic !"}, 401),
         case(14, "not-ascii", {"authorization": "Bearer schlüssel".encode("latin-1")}, 401),
         case(14, "first", key("first-key"), 200), case(14, "second", key("second-key"), 200),
         case(14, "browser", basic("second-key"), 200), case(14, "browser-wrong", basic("second"), 401),

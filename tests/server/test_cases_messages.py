@@ -23,7 +23,8 @@ def user(content):
     "messages, param",
     [
         case(35, "none", [], "messages"), case(36, "string", "hello", "messages"), case(36, "object", {}, "messages"),
-        case(36, "null", None, "messages"), case(36, "numbers", [1], "messages[0]"), case(36, "nulls", [None], "messages[0]"),
+        case(36, "null", None, "messages"), case(36, "numbers", [1], "messages[0]"),
+        case(36, "nulls", [None], "messages[0]"),
         case(37, "system-only", [{"role": "system", "content": "a"}], "messages[0].role"),
         case(37, "assistant-only", [{"role": "assistant", "content": "a"}], "messages[0].role"),
         case(38, "developer", [{"role": "developer", "content": "a"}], "messages[0]"),
@@ -31,7 +32,8 @@ def user(content):
         case(38, "list", [{"role": ["user"], "content": "a"}], "messages[0]"),
         case(38, "none", [{"content": "a"}], "messages[0]"), case(38, "empty", [{}], "messages[0]"),
         case(39, "null", [user(None)], "messages[0].content"), case(39, "number", [user(5)], "messages[0].content"),
-        case(39, "object", [user({})], "messages[0].content"), case(39, "missing", [{"role": "user"}], "messages[0].content"),
+        case(39, "object", [user({})], "messages[0].content"),
+        case(39, "missing", [{"role": "user"}], "messages[0].content"),
         case(40, "string", [user(["a"])], "messages[0].content[0]"),
         case(40, "audio", [user([{"type": "input_audio"}])], "messages[0].content[0]"),
         case(40, "no-text", [user([{"type": "text"}])], "messages[0].content[0].text"),
@@ -43,11 +45,13 @@ def user(content):
         case(41, "two", [*[{"role": "system", "content": "a"}] * 2, user("c")], "messages[1].role"),
         case(42, "many", [user("a")] * 100_000, "messages"),
         case(43, "10-MB", [user("a" * 10_000_000)], "messages[0].content"),
-        case(44, "blank", [user(" \n\t ")], "messages[0].content"), case(44, "empty", [user("")], "messages[0].content"),
+        case(44, "blank", [user(" \n\t ")], "messages[0].content"),
+        case(44, "empty", [user("")], "messages[0].content"),
         case(44, "no-parts", [user([])], "messages[0].content"),
         case(48, "prefill", [user("a"), {"role": "assistant", "content": "b"}], "messages[1].role"),
         case(49, "no-id", [{"role": "tool", "content": "x"}], "messages[0].tool_call_id"),
-        case(49, "no-call", [user("a"), {"role": "tool", "content": "x", "tool_call_id": "1"}], "messages[1].tool_call_id"),
+        case(49, "no-call", [user("a"), {"role": "tool", "content": "x", "tool_call_id": "1"}],
+             "messages[1].tool_call_id"),
         case(49, "bare", [{"role": "tool"}], "messages[0].content"),
     ],
 )  # fmt: skip
@@ -77,8 +81,8 @@ def conversations(text):
 @pytest.mark.usefixtures("real_still_well")
 @pytest.mark.parametrize("place", [case(45, place, place) for place in conversations("")])
 def test_text_never_becomes_a_control_token(real, place):
-    """The injection suite: with every special string of the vocabulary in it, a conversation has the same control tokens
-    in the same order as with a letter in its place, and the strings are all there as text."""
+    """The injection suite: with every special string of the vocabulary in it, a conversation has the same control
+    tokens in the same order as with a letter in its place, and the strings are all there as text."""
     tokenizer = real.engine.engine.processor.tokenizer
     control = set(tokenizer.special.values())
     specials = "".join(tokenizer.special)
@@ -151,7 +155,8 @@ TREE = {"type": "object", "properties": {"child": {"$ref": "#"}}}
 @pytest.mark.parametrize(
     "fields, param",
     [
-        case(50, "named", {"tools": tool({}), "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        case(50, "named", {"tools": tool({}), "tool_choice": {"type": "function", "function": {"name": "g"}}},
+             "tool_choice"),
         case(50, "no-tools", {"tool_choice": "required"}, "tool_choice"),
         case(50, "auto-no-tools", {"tool_choice": "auto"}, "tool_choice"),
         case(50, "word", {"tools": tool({}), "tool_choice": "any"}, "tool_choice"),
@@ -238,9 +243,11 @@ NOISE = Image.effect_noise((40, 40), 90).convert("RGB")
         case(58, "header-bomb", as_png(png(30_000, 30_000))), case(58, "wide", as_png(png(2**31 - 1, 1))),
         case(58, "zeros", as_png(png(0, 10))), case(58, "16-bit", as_png(png(20_000, 20_000, 16))),
         case(60, "svg", as_png(b"<svg xmlns='http://www.w3.org/2000/svg'/>")), case(60, "pdf", as_png(b"%PDF-1.7")),
-        case(60, "fits", as_png(b"SIMPLE  =                    T".ljust(2880))), case(60, "psd", as_png(b"8BPS\0\1" + b"\0" * 40)),
+        case(60, "fits", as_png(b"SIMPLE  =                    T".ljust(2880))),
+        case(60, "psd", as_png(b"8BPS\0\1" + b"\0" * 40)),
         case(60, "jpeg2000", as_png(b"\0\0\0\x0cjP  \r\n\x87\n" + b"\0" * 40)), case(60, "tiff", as_png(file("tiff"))),
-        case(60, "bmp", as_png(file("bmp"))), case(60, "ppm", as_png(file("ppm"))), case(60, "ico", as_png(file("ico"))),
+        case(60, "bmp", as_png(file("bmp"))), case(60, "ppm", as_png(file("ppm"))),
+        case(60, "ico", as_png(file("ico"))),
         case(60, "eps", as_png(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")),
     ],
 )  # fmt: skip
@@ -268,7 +275,8 @@ def test_59_animations(client, engine):
     refused(client.post(PATH, json=film(animated(10_001))), 400, f"{at}.url", "10000 frames")
     assert client.post(PATH, json=film(animated(20))).status_code == 200
     refused(client.post(PATH, json=film(animated(20), frames=9)), 400, at)
-    for url in ("https://example.com/a.mp4", "data:video/mp4;base64,AAAA", "data:video/avi;base64,AAAA", "data:image/png;base64,"):
+    kinds = ("video/mp4;base64,AAAA", "video/avi;base64,AAAA", "image/png;base64,")
+    for url in ("https://example.com/a.mp4", *(f"data:{kind}" for kind in kinds)):
         refused(client.post(PATH, json=film(url)), 400, f"{at}.url")
 
 

@@ -1,5 +1,5 @@
-"""What holds for every address: security headers, unknown addresses, the page's files. (Methods, origins, hosts and keys
-are cases of F.4: test_cases_http.py.)"""
+"""What holds for every address: security headers, unknown addresses, the page's files. (Methods, origins, hosts and
+keys are cases of F.4: test_cases_http.py.)"""
 
 import pytest
 from server_fakes import PATH, refused

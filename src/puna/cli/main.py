@@ -126,6 +126,8 @@ def build_parser() -> Parser:
         p.add_argument(f"--{kind}", action="append", default=[], metavar="PATH", dest="shown",
                        type=lambda path, kind=kind: (kind, path), help=f"show {text}; repeatable")  # fmt: skip
     _sampling(p)
+    p.add_argument("--backend", choices=("puna", "transformers"), default="puna",
+                   help="transformers: let it answer from an exported folder, as a check of ours")  # fmt: skip
     p = command("chat", "talk:chat", "talk to a model in the terminal")
     _model(p)
     _sampling(p)
@@ -206,7 +208,8 @@ def _serving(p: Parser) -> None:
                    "wants one. PUNA_API_KEY in the environment is one more")  # fmt: skip
     limits = p.add_argument_group("limits", "what a request may hold, ask and take; also by the variable in brackets")
     for row in table():
-        limits.add_argument(row.flag, type=count, metavar="N", help=f"{row.doc} (default {row.default}) [{row.variable}]")
+        text = f"{row.doc} (default {row.default}) [{row.variable}]"
+        limits.add_argument(row.flag, type=count, metavar="N", help=text)
 
 
 def _build(p: Parser) -> None:

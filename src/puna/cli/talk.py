@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -49,9 +50,49 @@ def generate(args) -> None:
     """Prints the answer to one prompt as it comes."""
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     message = _message(prompt, [_shown(kind, path, args.frames) for kind, path in args.shown])
+    if args.backend == "transformers":
+        print(_by_transformers(args.model, [message], args))
+        return
     for piece in _engine(args.model).stream([message], **_sampling(args)):
         print(piece, end="", flush=True)
     print()
+
+
+def _by_transformers(path: str, messages: list[dict], args) -> str:
+    """What transformers' own Llama 4 answers, loaded from the same folder: prompt, tiles, stops and bans are ours."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise PunaError("--backend transformers needs it: pip install 'puna[hf]'") from error
+    import torch
+
+    from puna.processor import Processor
+
+    folder = Path(path)
+    try:
+        kind = json.loads((folder / "config.json").read_text())["architectures"][0]
+        made = {"Llama4ForConditionalGeneration": transformers.Llama4ForConditionalGeneration,
+                "Llama4ForCausalLM": transformers.Llama4ForCausalLM}[kind]  # fmt: skip
+    except (OSError, ValueError, LookupError, TypeError):
+        text = f"{path} is no Hugging Face folder of a Llama 4: puna convert {path} DST --to hf, then ask DST"
+        raise PunaError(text) from None
+    processor = Processor.load(folder)
+    encoded, tokenizer = processor.encode_chat(messages, generation_prompt=True), processor.tokenizer
+    model = made.from_pretrained(folder, dtype="auto").eval()
+    tokens = torch.from_numpy(encoded.tokens.astype("int64"))[None]
+    seen = {"pixel_values": processor.tiles(encoded.pictures).to(model.dtype)} if encoded.pictures else {}
+    drawn = {"do_sample": False}
+    if args.temperature > 0:
+        drawn = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k or 0}
+        if args.seed is not None:
+            torch.manual_seed(args.seed)
+    with torch.inference_mode():
+        [answer] = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=args.max_tokens, use_cache=True,
+            eos_token_id=sorted(tokenizer.stop_ids), pad_token_id=min(tokenizer.stop_ids), **seen, **drawn,
+            suppress_tokens=sorted(set(tokenizer.special.values()) - set(tokenizer.stop_ids)),
+        )  # fmt: skip
+    return tokenizer.decode(answer[tokens.shape[1] :].tolist())
 
 
 def chat(args) -> None:

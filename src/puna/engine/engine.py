@@ -96,8 +96,11 @@ class Engine:
 
     # ---- requests
 
-    def prepare(self, prompt) -> Prompt:
-        """Messages, an `Encoded` or token ids, tokenised and checked; any thread may do this. Raises PunaError."""
+    def prepare(self, prompt, salt: str | None = None) -> Prompt:
+        """Messages, an `Encoded` or token ids, tokenised and checked; any thread may do this. Raises PunaError.
+
+        salt: prompts with different ones share nothing in the prefix cache (one for each tenant).
+        """
         return prepare(prompt, self.processor, self.config, self.max_context)
 
     def add_request(

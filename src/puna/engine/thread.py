@@ -71,15 +71,18 @@ class EngineThread:
 
     def prepare(self, prompt, salt: str | None = None):
         """`Engine.prepare`, in the caller's thread."""
-        return self.engine.prepare(prompt) if salt is None else self.engine.prepare(prompt, salt)
+        return self.engine.prepare(prompt, salt)
 
     def stats(self) -> dict:
         """`Engine.stats`: the engine's numbers, for whoever watches."""
         return self.engine.stats()
 
-    def submit(self, prompt, sampling: Sampling | None = None) -> Handle:
-        """Queues a request (messages, `Encoded` or token ids). Raises PunaError at once if it cannot be served."""
-        prepared = self.engine.prepare(prompt)
+    def submit(self, prompt, sampling: Sampling | None = None, salt: str | None = None) -> Handle:
+        """Queues a request (messages, `Encoded` or token ids). Raises PunaError at once if it cannot be served.
+
+        salt: prompts with different ones share nothing in the prefix cache.
+        """
+        prepared = self.engine.prepare(prompt, salt)
         handle = Handle(f"answer-{next(self._numbers)}", len(prepared.tokens), self._abort)
         request = self.engine.make(prepared, sampling, handle.id, handle.events.put)
         self._tell(lambda: self.engine.start(request))

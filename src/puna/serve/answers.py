@@ -55,7 +55,7 @@ class Answers:
         try:
             for prompt in prompts:
                 prepared = engine.prepare(prompt, salt)
-                self.handles += [_submit(engine, prepared, sampling) for sampling in samplings]
+                self.handles += [_submit(engine, prepared, sampling, salt) for sampling in samplings]
                 self.prompt_tokens += self.handles[-1].prompt_tokens
         except BaseException:
             self.abort()
@@ -103,13 +103,13 @@ async def collect(pieces: AsyncIterator[tuple[int, Piece]], n: int) -> list[list
     return found
 
 
-def _submit(engine, prepared, sampling: Sampling):
+def _submit(engine, prepared, sampling: Sampling, salt: str | None):
     if sampling.max_tokens is not None:
-        return engine.submit(prepared, sampling)
+        return engine.submit(prepared, sampling, salt)
     try:
-        return engine.submit(prepared, dataclasses.replace(sampling, max_tokens=DEFAULT_TOKENS))
+        return engine.submit(prepared, dataclasses.replace(sampling, max_tokens=DEFAULT_TOKENS), salt)
     except PunaError:  # no room for the default: take the room there is, which is less
-        return engine.submit(prepared, sampling)
+        return engine.submit(prepared, sampling, salt)
 
 
 def _carry(number: int, handle, put) -> None:

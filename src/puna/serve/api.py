@@ -13,8 +13,8 @@
 
 A request passes these gates before it costs anything: where it comes from and whose key it has (gate.py), how long it
 is (body.py), what it asks (schemas.py), whether a place is free, what it shows (messages.py), and whether it fits in
-the context (the engine). Each refuses with one error shape (errors.py). A request that fails inside the engine fails alone;
-a client that leaves frees its places at once.
+the context (the engine). Each refuses with one error shape (errors.py). A request that fails inside the engine fails
+alone; a client that leaves frees its places at once.
 """
 
 from __future__ import annotations

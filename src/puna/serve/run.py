@@ -43,6 +43,12 @@ def serve(
     bring (none: nobody needs one). engine: "puna", or "vllm" for an export (serve/vllm.py). Raises PunaError if the
     model has no tokenizer, or the address is taken.
     """
+    if (path := Path(model_path)).suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+        raise PunaError(
+            f"{path}: GGUF is not served, since its Llama 4 is not this one: llama.cpp fixes the chunk at 8192, the "
+            "attention temperature and the NoPE layers, and shows pictures as at most 3 x 3 tiles, so answers would "
+            "differ; serve the model that it was made from"
+        )
     limits = limits or Limits.read()
     gate.Keys(keys, limits.key_chars)
     listener = listen(host, port)
