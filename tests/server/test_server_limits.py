@@ -50,6 +50,7 @@ BODIES = {
     "body_bytes": (300, ask("a" * 200), ask("a" * 400), 413),
     "held_bytes": (300, ask("a" * 200), ask("a" * 400), 429),
     "json_depth": (5, ask([{"type": "text", "text": "a"}]), ask([[[[[]]]]]), 400),
+    "json_values": (9, {"stop": None, **ask("a, b, c")}, {"stop": None, **ask("a, b, c, d, e, f, g, h, i")}, 400),
     "messages": (2, {"messages": ask()["messages"] * 2}, {"messages": ask()["messages"] * 3}, 400),
     "text_chars": (10, twice("12345"), twice("123456"), 400),
     "pictures": (2, several(*[data_url()] * 2), several(*[data_url()] * 3), 400),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -164,16 +163,14 @@ def limit_flags(args) -> dict[str, int | None]:
 
 
 def api_keys(path: str | None) -> list[str]:
-    """API keys, of a file (one a line, # begins a comment) and of PUNA_API_KEY. Never an argument: those are seen by
-    everybody on the machine."""
-    keys = [os.environ["PUNA_API_KEY"]] if "PUNA_API_KEY" in os.environ else []
-    if path is not None:
-        try:
-            lines = Path(path).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise PunaError(f"cannot read the API keys in {path}: {error}") from error
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not found:
-            raise PunaError(f"{path} holds no API key: write one a line")
-        keys += found
+    """The API keys in a file, one a line; # begins a comment. Never an argument: the whole machine sees those."""
+    if path is None:
+        return []
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PunaError(f"cannot read the API keys in {path}: {error}") from error
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise PunaError(f"{path} holds no API key: write one a line")
     return keys

@@ -159,7 +159,6 @@ class Server:
     async def completions(self, request: Request):
         asked = parse(await self.bodies.json(request), CompletionRequest, self.limits)
         speller, n = self._speller(asked, "logprobs"), asked.n or 1
-        prompts = [self._tokens(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
         echo = [self._echo(prompt) for prompt in asked.prompts for _ in range(n)] if asked.echo else []
 
         def frame(answers: Answers) -> Completions:
@@ -167,7 +166,10 @@ class Server:
                 self.card.name, answers.prompt_tokens, len(answers), _wants_usage(asked), echo, speller
             )
 
-        return await self._answer(request, asked, lambda: prompts, n, n * len(prompts), frame)
+        def prompts() -> list:
+            return [self._tokens(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
+
+        return await self._answer(request, asked, prompts, n, n * len(asked.prompts), frame)
 
     async def responses(self, request: Request):
         asked, chat, names = responses.parse_response(await self.bodies.json(request), self.limits)

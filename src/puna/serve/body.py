@@ -2,8 +2,8 @@
 
 A body is read up to a limit of bytes and seconds, whatever Content-Length claims, and all bodies together up to
 another, so that a thousand slow senders hold no more memory than one table row says. JSON is taken at its word: no
-duplicate keys, no NaN, no bottomless nesting, no lone surrogates, since what two parsers read differently is how checks
-are passed by.
+duplicate keys, no NaN, no bottomless nesting, no millions of values (each may become an error message), no lone
+surrogates, since what two parsers read differently is how checks are passed by.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections import Counter
 from typing import Any
 
 from fastapi import Request
@@ -60,7 +61,9 @@ class Bodies:
             raise ApiError(400, "the client left while sending") from None
         finally:
             self.held -= len(data)
-        return read_json(bytes(data), limits)
+        if len(data) < 2**16:
+            return read_json(bytes(data), limits)
+        return await asyncio.to_thread(read_json, bytes(data), limits)  # long ones don't hold up the streams
 
 
 def read_json(raw: bytes, limits: Limits) -> dict:
@@ -69,6 +72,8 @@ def read_json(raw: bytes, limits: Limits) -> dict:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not UTF-8 (byte {error.start})") from None
+    if text.count(",") > limits.json_values:
+        raise ApiError(400, f"the body has more than {limits.json_values} commas: too many values")
     if _depth(text, limits.json_depth) > limits.json_depth:
         raise ApiError(400, f"the body nests deeper than {limits.json_depth} levels")
     try:
@@ -116,8 +121,7 @@ def _depth(text: str, enough: int) -> int:
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
         raise ApiError(400, f"the key {twice[:64]!r} is given twice", twice[:64])
     return found
 

@@ -30,6 +30,7 @@ class Limits:
     body_bytes: int = _limit(32 * 2**20, "bytes of a request body; more is 413")
     held_bytes: int = _limit(256 * 2**20, "bytes of all bodies being read at a time; more is 429 with Retry-After")
     json_depth: int = _limit(32, "levels of nested JSON; more is 400")
+    json_values: int = _limit(500_000, "commas in a request body, which bound its JSON values; more is 400")
     key_chars: int = _limit(512, "characters of an API key; a longer one is 401")
     # what it says and shows
     messages: int = _limit(256, "messages (or input items) in one request")

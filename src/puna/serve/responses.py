@@ -33,7 +33,7 @@ from puna.serve.answers import Piece
 from puna.serve.chat import Counts
 from puna.serve.errors import ApiError
 from puna.serve.limits import Limits
-from puna.serve.schemas import ChatRequest, JsonSchema, Sampled, Strict, Text, parse
+from puna.serve.schemas import ChatRequest, JsonSchema, Many, Sampled, Strict, Text, parse
 from puna.serve.stream import Reader, Speller, event, guarded
 
 
@@ -70,15 +70,15 @@ class ResponseRequest(Sampled):
     )  # fmt: skip
     LENGTHS = ("max_output_tokens",)
 
-    input: Text | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    input: Text | Annotated[Many[dict[str, Any]], Field(min_length=1)]
     instructions: Text | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = None
     text: TextOptions | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Many[FunctionTool] | None = None
     tool_choice: Literal["auto", "none", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: Many[Literal["message.output_text.logprobs"]] | None = None
     store: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
 

@@ -7,6 +7,7 @@ last answer is out, or after `drain_seconds`, the server ends. A second signal e
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 import socket
 import threading
@@ -39,9 +40,9 @@ def serve(
 ) -> None:
     """Loads the model and answers until SIGINT or SIGTERM.
 
-    host: 127.0.0.1 keeps it to this machine. port 0: any free one. keys: API keys, one of which every request must
-    bring (none: nobody needs one). engine: "puna", or "vllm" for an export (serve/vllm.py). Raises PunaError if the
-    model has no tokenizer, or the address is taken.
+    host: 127.0.0.1 keeps it to this machine. port 0: any free one. keys: API keys, PUNA_API_KEY of the environment
+    besides; every request must bring one of them (none at all: nobody needs one). engine: "puna", or "vllm" for an
+    export (serve/vllm.py). Raises PunaError if the model has no tokenizer, or the address is taken.
     """
     if (path := Path(model_path)).suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
         raise PunaError(
@@ -50,6 +51,7 @@ def serve(
             "differ; serve the model that it was made from"
         )
     limits = limits or Limits.read()
+    keys = [*keys, os.environ["PUNA_API_KEY"]] if "PUNA_API_KEY" in os.environ else keys
     gate.Keys(keys, limits.key_chars)
     listener = listen(host, port)
     try:

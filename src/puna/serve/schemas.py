@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, StringConstraints, Tag, ValidationError
 
 from puna.serve.errors import ApiError
 from puna.serve.limits import Limits
@@ -26,7 +26,9 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
+T = TypeVar("T")
 Text = Annotated[str, StringConstraints(strict=True)]
+Many = Annotated[list[T], FailFast()]  # the first wrong one of a million items is enough
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -89,11 +91,11 @@ TextOnly = Annotated[
     Field(description="a text part"),
 ]
 UserContent = Annotated[
-    Annotated[Text, Tag("~string")] | Annotated[list[Part], Tag("~parts")],
+    Annotated[Text, Tag("~string")] | Annotated[Many[Part], Tag("~parts")],
     _choice(_content, "content must be a string or a list of parts"),
 ]
 PlainContent = Annotated[
-    Annotated[Text, Tag("~string")] | Annotated[list[TextOnly], Tag("~parts")],
+    Annotated[Text, Tag("~string")] | Annotated[Many[TextOnly], Tag("~parts")],
     _choice(_content, "content must be a string or a list of text parts; only user messages may hold pictures"),
 ]
 
@@ -122,9 +124,9 @@ class ToolCall(Strict):
 class AssistantMessage(Strict):
     role: Literal["assistant"]
     content: PlainContent | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Many[ToolCall] | None = None
     refusal: None = None  # these two because clients send answers back as they came
-    boxes: list[dict[str, Any]] | None = None
+    boxes: Many[dict[str, Any]] | None = None
 
 
 class ToolMessage(Strict):
@@ -208,7 +210,7 @@ class Sampled(Strict):
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, le=INT64)] | None = None
-    stop: Text | list[Text] | None = None
+    stop: Text | Many[Text] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
@@ -249,8 +251,6 @@ class Sampled(Strict):
         for stop in self.stops:
             if not stop or len(stop) > limits.stop_chars:
                 raise ApiError(400, f"a stop string must have 1 to {limits.stop_chars} characters", "stop")
-        if len(self.logit_bias or ()) > limits.biases:
-            raise ApiError(400, f"at most {limits.biases} entries of logit_bias", "logit_bias")
         for token in self.logit_bias or ():
             if not re.fullmatch(r"\d{1,9}", token, re.ASCII):
                 raise ApiError(400, "the keys of logit_bias must be token ids, such as \"1234\"", "logit_bias")
@@ -267,7 +267,7 @@ class ChatRequest(Sampled):
     )  # fmt: skip
     LENGTHS = ("max_tokens", "max_completion_tokens")
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Many[Message], Field(min_length=1)]
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
@@ -275,7 +275,7 @@ class ChatRequest(Sampled):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
@@ -304,8 +304,6 @@ class ChatRequest(Sampled):
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         if (self.n or 1) > limits.answers:
             raise ApiError(400, f"n may be at most {limits.answers}", "n")
-        if len(self.tools or ()) > limits.tools:
-            raise ApiError(400, f"at most {limits.tools} tools", "tools")
         if self.tool_choice in ("auto", "required") and not self.tools:
             raise ApiError(400, f"tool_choice {self.tool_choice!r} needs tools", "tool_choice")
         if isinstance(self.tool_choice, NamedTool) and not self.forced:
@@ -337,7 +335,7 @@ class CompletionRequest(Sampled):
 
     UNSUPPORTED = ("best_of", "suffix", "user")
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: Text | Many[Text] | Many[int] | Many[Many[int]]
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
@@ -379,8 +377,8 @@ class TokenizeRequest(Strict):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[Many[Message], Field(min_length=1)] | None = None
+    tools: Many[Tool] | None = None
 
     def check(self, limits: Limits) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -414,9 +412,10 @@ def parse(fields: dict, kind: type[Request], limits: Limits) -> Request:
             raise ApiError(400, f"{name} is not supported by this server; leave it out", name, "unsupported_parameter")
         if name not in known:
             raise ApiError(400, f"unknown field {name[:64]!r}", name[:64], "unknown_parameter")
-    for name in ("messages", "input"):
-        if isinstance(fields.get(name), list) and len(fields[name]) > limits.messages:
-            raise ApiError(400, f"more than {limits.messages} {name}", name)
+    for name, kind_of, most in (("messages", list, limits.messages), ("input", list, limits.messages),
+                                ("tools", list, limits.tools), ("logit_bias", dict, limits.biases)):  # fmt: skip
+        if isinstance(fields.get(name), kind_of) and len(fields[name]) > most:
+            raise ApiError(400, f"more than {most} entries of {name}", name)
     request = validated(fields, kind)
     request.check(limits)
     return request
