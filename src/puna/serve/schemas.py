@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, StringConstraints, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, ValidationError
 
 from puna.serve.errors import ApiError
 from puna.serve.limits import Limits
@@ -28,7 +28,7 @@ class Strict(BaseModel):
 
 T = TypeVar("T")
 Text = Annotated[str, StringConstraints(strict=True)]
-Many = Annotated[list[T], FailFast()]  # the first wrong one of a million items is enough
+Many = Annotated[list[T], Field(fail_fast=True)]  # the first wrong one of a million items is enough
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
