@@ -35,6 +35,7 @@ from puna.eval.record import commit, device, versions
 from puna.processor.files import write_atomic
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+TEXT = re.compile(rb'"(content|delta)":"[^"]')  # of a streamed event, which holds a token's text
 IDLE = ("puna_server_places_taken", "puna_server_body_bytes_held", "puna_engine_waiting", "puna_engine_active")
 
 
@@ -113,7 +114,8 @@ class Load:
             began, first, said = time.monotonic(), None, []
             async with http.stream("POST", path, json=body) as response:
                 async for piece in response.aiter_bytes():
-                    first = first or time.monotonic() - began
+                    if first is None and TEXT.search(piece):
+                        first = time.monotonic() - began
                     said.append(piece)
                     if kind == "abort" and (len(said) > 3 or rng.random() < 0.2):
                         break
@@ -124,7 +126,7 @@ class Load:
                 self.wrong.append(f"{kind}: {response.status_code} {b''.join(said)[-300:]!r}")
             elif kind not in ("bad", "abort"):
                 self.whole.append(time.monotonic() - began)
-                if body.get("stream"):
+                if body.get("stream") and first is not None:
                     self.first.append(first)
 
 

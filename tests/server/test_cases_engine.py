@@ -56,7 +56,7 @@ def test_73_a_request_that_raises_inside_the_model_fails_alone(real, monkeypatch
     assert '"server_error"' in stream and stream.rstrip().endswith("[DONE]")
 
 
-@pytest.mark.parametrize("steps", range(12))
+@pytest.mark.parametrize("steps", [0, 1, 2, 4, 6, 10])
 def test_75_aborting_at_any_moment_frees_the_place(tiny_processor, steps):
     """Steps 0 to 4: within the prompt (slices of 16 tokens, chunks of 32), then at the first tokens and over a chunk's
     border; a request beside it goes on as if it were alone, and so does the next one in that place."""
@@ -165,9 +165,9 @@ def test_80_a_models_own_template_is_never_run(export):
 
 def test_81_a_million_added_tokens_are_refused(export):
     spec = json.loads((export / "tokenizer.json").read_text())
-    token = dict(spec["added_tokens"][0])
-    spec["added_tokens"] += [{**token, "id": 10_000 + i, "content": f"<|x{i}|>"} for i in range(10**6)]
-    (export / "tokenizer.json").write_text(json.dumps(spec))
+    spec["added_tokens"].append("HERE")
+    million = ", ".join(f'{{"id": {10_000 + i}, "content": "<|x{i}|>"}}' for i in range(10**6))
+    (export / "tokenizer.json").write_text(json.dumps(spec).replace('"HERE"', million))
     with pytest.raises(PunaError, match="control tokens"):
         load_puna(export, Limits())
 

@@ -276,10 +276,11 @@ CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type"
 
 
 @pytest.mark.usefixtures("real_still_well")
-@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    "choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=["required", "named"]
-)
+    ("choice", "stream"),
+    [("required", False), ({"type": "function", "function": {"name": "weather"}}, True)],
+    ids=["required", "named"],
+)  # fmt: skip
 def test_a_demanded_call_is_made_and_keeps_to_its_schema(real, choice, stream):
     """A random model, which has never seen a call, makes valid ones; without the demand it makes none."""
     tools = [WEATHER, CLOCK]

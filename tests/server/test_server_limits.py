@@ -153,7 +153,7 @@ def test_limit_running_is_the_engines_batch(tiny_processor, tmp_path):
     export_hf(lively_model(tiny_processor), tiny_processor, tmp_path / "model")
     thread, _ = load_puna(tmp_path / "model", Limits(running=3))
     with thread:
-        assert thread.engine.scheduler.max_batch == 3
+        assert thread.engine.scheduler.rows == 3
 
 
 # where the limits are tested that no single request exceeds

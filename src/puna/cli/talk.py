@@ -65,7 +65,7 @@ def _by_transformers(path: str, messages: list[dict], args) -> str:
         raise PunaError("--backend transformers needs it: pip install 'puna[hf]'") from error
     import torch
 
-    from puna.processor import Processor
+    from puna.convert.huggingface import open_hf
 
     folder = Path(path)
     try:
@@ -75,7 +75,9 @@ def _by_transformers(path: str, messages: list[dict], args) -> str:
     except (OSError, ValueError, LookupError, TypeError):
         text = f"{path} is no Hugging Face folder of a Llama 4: puna convert {path} DST --to hf, then ask DST"
         raise PunaError(text) from None
-    processor = Processor.load(folder)
+    _, processor = open_hf(folder)
+    if processor is None:
+        raise PunaError(f"{path} holds no tokenizer, so it can't read a prompt: put tokenizer.json there")
     encoded, tokenizer = processor.encode_chat(messages, generation_prompt=True), processor.tokenizer
     model = made.from_pretrained(folder, dtype="auto").eval()
     tokens = torch.from_numpy(encoded.tokens.astype("int64"))[None]

@@ -53,7 +53,9 @@ class Completions:
             if piece.token is not None:
                 found["tokens"].append(self.speller.token(piece.token))
                 found["token_logprobs"].append(piece.logprob)
-                found["top_logprobs"].append({self.speller.token(id): logprob for id, logprob in piece.top})
+                # the likeliest last: where two tokens have one text, it is the one that counts
+                top = {self.speller.token(id): logprob for id, logprob in reversed(piece.top)}
+                found["top_logprobs"].append(top)
                 found["text_offset"].append(self.lengths[number])
             self.lengths[number] += len(piece.text)
         return found

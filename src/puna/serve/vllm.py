@@ -41,9 +41,11 @@ def load_vllm(model_path: str | Path, limits: Limits):
         from vllm.v1.engine.async_llm import AsyncLLM
     except ImportError as error:
         raise PunaError(f"vLLM is not installed here ({error}): see docs/serving.md, or leave out --engine") from None
-    from puna.processor import Processor
+    from puna.convert.huggingface import open_hf
 
-    processor = Processor.load(folder)
+    _, processor = open_hf(folder)  # reads no weights, but their headers
+    if processor is None:
+        raise PunaError(f"{folder} holds no tokenizer, so it cannot chat")
     text = config.get("text_config") or config
     pictures = bool(config.get("vision_config")) and processor.image is not None
     options = {"max_num_seqs": limits.running, "enable_log_requests": False}
