@@ -1,4 +1,4 @@
-"""`puna generate --backend transformers` is a check: greedy, both say the same of the same folder; text and pictures."""
+"""`puna generate --backend transformers` is a check: greedy, both say the same of a folder, of text and pictures."""
 
 import dataclasses
 
