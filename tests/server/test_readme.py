@@ -62,3 +62,17 @@ def test_javascript(url, tmp_path):
     (tmp_path / "node_modules").symlink_to(Path(modules).resolve())
     (tmp_path / "example.mjs").write_text(example("javascript", "openai").replace("http://127.0.0.1:8000", url))
     assert run(["node", "example.mjs"], url, tmp_path) == ANSWER
+
+
+def test_every_line_of_what_is_defended_names_tests_that_exist():
+    root = README.parent
+    lines = [line for line in (root / "SECURITY.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(lines) > 15
+    for line in lines:
+        what, tests = line.strip("| ").split(" | ")
+        file = ""
+        for name in re.findall(r"`([^`]+)`", tests):
+            path, _, test = name.partition("::")
+            file = path or file
+            found = next(p for p in (root / "tests/server" / file, root / file) if p.exists())
+            assert not test or re.search(rf"^(def|class) {test}\b", found.read_text(), re.M), (what, name)

@@ -11,7 +11,12 @@ from server_fakes import PATH, FakeEngine, ask, data_url, make_app, refused, run
 from starlette.testclient import TestClient
 
 from puna.engine import Engine
+from puna.engine.constrain import Constraint, Grammars
 from puna.processor.tools import FORMS, Call, offer, write_calls
+from puna.serve.limits import Limits
+from puna.serve.schemas import ChatRequest, parse
+from puna.serve.shape import constraint
+from puna.serve.stream import Reader
 
 COMPLETIONS, RESPONSES = "/v1/completions", "/v1/responses"
 
@@ -308,6 +313,22 @@ def test_a_demanded_call_is_made_and_keeps_to_its_schema(real, choice, stream):
     assert "tool_calls" not in free["message"]
 
 
+@pytest.mark.usefixtures("real_still_well")
+def test_several_calls_may_be_demanded_at_once(real):
+    """Without parallel_tool_calls: false the grammar of "required" is a list of calls, and that is how it is read."""
+    asked = parse(ask(tools=[WEATHER, CLOCK], tool_choice="required"), ChatRequest, Limits())
+    engine = real.engine.engine
+    grammar = Grammars(engine.processor.tokenizer, engine.config.vocab_size).start(
+        Constraint(*constraint(asked, Limits()))
+    )
+    made = [{"name": "weather", "parameters": {"city": "Oslo", "days": 3}}, {"name": "clock", "parameters": {}}]
+    wrong = [{"name": "weather", "parameters": {"city": "Paris", "days": 3}}]
+    tokens, others = (engine.processor.tokenizer.encode(json.dumps(calls)) for calls in (made, wrong))
+    assert grammar.follow(tokens) == tokens and len(grammar.follow(others)) < len(others)
+    _, calls, _ = Reader(9, ["weather", "clock"]).read(json.dumps(made), True)
+    assert [{"name": c["name"], "parameters": json.loads(c["arguments"])} for c in calls] == made
+
+
 # ---------------------------------------------------------------- numbers and descriptions
 def test_metrics_count_what_happens(client, engine):
     def read():
@@ -335,6 +356,12 @@ def test_metrics_count_what_happens(client, engine):
     assert after["process_resident_memory_bytes"] > 1e6
     assert not any("stranger" in name for name in after) and not any(math.isnan(v) for v in after.values())
     assert client.get("/metrics").headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
+def test_the_model_says_what_a_page_may_set(client):
+    model = client.get("/v1/models").json()["data"][0]
+    assert set(model["sampling"]) <= set(ChatRequest.model_fields) and "min_p" in model["sampling"]
+    assert model["limits"]["text_chars"] == client.app.state.limits.text_chars
 
 
 def test_ready_follows_places_and_the_engine(client, engine):

@@ -78,7 +78,7 @@ def test_requests_reach_vllm_and_answers_come_back(vllm, tiny_processor, tmp_pat
     thread, facts = load_vllm(tmp_path / "model", Limits(running=5, pictures=3))
     tokenizer = tiny_processor.tokenizer
     try:
-        assert thread.engine.arguments.max_num_seqs == 5
+        assert thread.engine.arguments.max_num_seqs == 5 and thread.engine.arguments.block_size == 32  # the chunk's
         assert thread.engine.arguments.limit_mm_per_prompt == {"image": 3} and facts["context"] == 256
         client = TestClient(create_app(thread, "tiny", **facts))
         fields = {"temperature": 0.5, "min_p": 0.1, "seed": 3, "stop": "x", "frequency_penalty": 1, "max_tokens": 9,

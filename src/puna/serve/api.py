@@ -44,7 +44,11 @@ from puna.serve.shape import check_tools, samplings
 from puna.serve.stream import EventStream, Speller, gone
 
 PAGE = Path(__file__).parent / "page"
-SHOWN_LIMITS = ("pictures", "picture_bytes", "picture_pixels", "answer_tokens")  # what the page heeds beforehand
+# what the page heeds beforehand, and the fields of a request that its settings may set
+SHOWN_LIMITS = ("pictures", "picture_bytes", "picture_pixels", "text_chars", "answer_tokens")
+SHOWN_SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "frequency_penalty", "presence_penalty", "repetition_penalty",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -288,7 +292,7 @@ class Server:
             "id": card.name, "object": "model", "created": self.started, "owned_by": "puna",
             "checkpoint": card.checkpoint, "parameters": card.parameters, "active_parameters": card.active_parameters,
             "context": card.context, "pictures": card.pictures,
-            "limits": {name: getattr(self.limits, name) for name in SHOWN_LIMITS},
+            "limits": {name: getattr(self.limits, name) for name in SHOWN_LIMITS}, "sampling": list(SHOWN_SAMPLING),
         }  # fmt: skip
 
 

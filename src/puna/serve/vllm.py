@@ -14,6 +14,7 @@ import asyncio
 import itertools
 import json
 import logging
+import math
 import queue
 import threading
 from dataclasses import dataclass
@@ -49,6 +50,9 @@ def load_vllm(model_path: str | Path, limits: Limits):
     text = config.get("text_config") or config
     pictures = bool(config.get("vision_config")) and processor.image is not None
     options = {"max_num_seqs": limits.running, "enable_log_requests": False}
+    block = math.gcd(text.get("attention_chunk_size") or 128, 128)  # must divide the chunk; vLLM's CPU default is 128
+    if block < 128:
+        options["block_size"] = block
     if pictures:
         options["limit_mm_per_prompt"] = {"image": limits.pictures}
     thread = VllmThread(lambda: AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(folder), **options)), processor)
