@@ -7,15 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from server_fakes import PATH, ask
+from server_fakes import PATH, FakeEngine, ask, make_app, until
 
 from puna.errors import PunaError
-from puna.serve.run import listen
+from puna.serve.limits import Limits
+from puna.serve.run import Draining, listen
 
 HERE = Path(__file__).parent
 SCRIPT = """
@@ -77,24 +79,35 @@ def test_77_running_answers_are_finished_and_new_ones_refused():
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
 
 
-def test_77_a_second_signal_ends_it_at_once():
-    with server(words=1000) as (process, port):
-        connection, _ = begin(port)
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
+@contextmanager
+def draining(**limits):
+    """A server in this process with an answer of 50 s begun: (the server, its thread, the client's connection)."""
+    app = make_app(FakeEngine(lambda m: "word " * 1000, pause=0.05, context=5000), limits=Limits(**limits))
+    with listen("127.0.0.1", 0) as listener:
+        server = Draining(app, log_level="critical")
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        until(lambda: server.started)
+        connection, _ = begin(listener.getsockname()[1])
+        yield server, thread
         connection.close()
 
 
 def test_77_drain_seconds_is_the_longest_wait():
-    with server(words=1000, PUNA_MAX_DRAIN_SECONDS="1") as (process, port):
-        connection, _ = begin(port)
+    with draining(drain_seconds=1) as (server, thread):
         began = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
-        assert 0.5 < time.monotonic() - began < 20  # the whole answer would take 50 s
-        connection.close()
+        server.handle_exit(signal.SIGTERM, None)
+        thread.join(20)
+        assert not thread.is_alive() and time.monotonic() - began > 0.9
+        assert server.config.app.state.places.taken == 0
+
+
+def test_77_a_second_signal_ends_it_at_once():
+    with draining(drain_seconds=60) as (server, thread):
+        for _ in range(2):
+            server.handle_exit(signal.SIGINT, None)
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_taken_or_impossible_addresses():
