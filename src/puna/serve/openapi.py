@@ -25,6 +25,10 @@ GETS = {
     "/openapi.json": "This document",
 }  # fmt: skip
 STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+_EVENT = {  # each of a stream
+    "type": "object", "required": ["data"], "additionalProperties": False,
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+}  # fmt: skip
 _ERROR = {
     "type": "object", "required": ["error"],
     "properties": {"error": {
@@ -56,7 +60,7 @@ def document(version: str) -> dict:
     for path, (kind, summary) in POSTS.items():
         content: dict = {"application/json": {"schema": {"type": "object"}}}
         if path in STREAMED:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            content["text/event-stream"] = {"schema": _EVENT}
         body = {"required": True, "content": {"application/json": {"schema": names[(kind, "validation")]}}}
         responses = {"200": {"description": "The answer", "content": content}, **refusals}
         paths[path] = {"post": {"summary": summary, "requestBody": body, "responses": responses}}
