@@ -7,16 +7,15 @@ import base64
 import contextlib
 import io
 import queue
-import socket
 import threading
 import time
 from dataclasses import dataclass
 
-import uvicorn
 from PIL import Image
 
 from puna.errors import PunaError
 from puna.serve import create_app
+from puna.serve.run import Draining, listen
 
 
 @dataclass(frozen=True)
@@ -24,11 +23,14 @@ class FakeEvent:
     text: str
     token: int | None
     finish_reason: str | None = None
+    logprob: float | None = None
+    top_logprobs: tuple = ()
+    completion: object = None
 
 
 class FakeHandle:
     def __init__(self, prompt_tokens, make):
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens, self.over = prompt_tokens, False
         self.aborted = threading.Event()
         self.events = queue.Queue()
         threading.Thread(target=make, args=(self,), daemon=True).start()
@@ -50,10 +52,20 @@ class FakeEngine:
 
     def __init__(self, script=lambda messages: "Hello there.", pause=0.0, context=1000):
         self.script, self.pause, self.context = script, pause, context
-        self.submitted = []
+        self.submitted, self.salts = [], []
+        self.size = 4  # characters of a token
         self.alive = True
 
-    def submit(self, messages, sampling):
+    def stats(self):
+        return {"active": sum(not handle.over for _, _, handle in self.submitted), "waiting": 0}
+
+    def prepare(self, messages, salt=None):
+        self.salts.append(salt)
+        return messages
+
+    def submit(self, messages, sampling, salt=None):
+        if not isinstance(messages[0], dict):  # token ids
+            messages = [{"role": "user", "content": [{"type": "text", "text": "." * len(messages)}]}]
         prompt = sum(len(p.get("text", "....")) for m in messages for p in m["content"])
         if prompt + (sampling.max_tokens or 1) > self.context:
             raise PunaError(f"{prompt} prompt tokens and max_tokens do not fit in the context of {self.context}")
@@ -64,7 +76,7 @@ class FakeEngine:
 
     def _make(self, handle, answer, sampling):
         broken = isinstance(answer, Exception)
-        pieces = ["Half of "] if broken else [answer[i : i + 4] for i in range(0, len(answer), 4)]
+        pieces = ["Half of "] if broken else [answer[i : i + self.size] for i in range(0, len(answer), self.size)]
         reason = "stop"
         for number, piece in enumerate(pieces):
             if handle.aborted.is_set():
@@ -74,18 +86,18 @@ class FakeEngine:
                 reason = "length"
                 break
             time.sleep(self.pause)
-            handle.events.put(FakeEvent(piece, number))
+            top = [(number + i, -0.5 - i) for i in range(sampling.top_logprobs)]
+            handle.events.put(FakeEvent(piece, number, logprob=-0.5, top_logprobs=top))
         handle.events.put(answer if broken else FakeEvent("", None, reason))
+        handle.over = True
         handle.events.put(None)
 
 
 @contextlib.contextmanager
 def running(app):
-    """The app in uvicorn on a free port of the loopback; yields its URL."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(64)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+    """The app in the real server on a free port of the loopback; yields its URL."""
+    with listen("127.0.0.1", 0) as listener:
+        server = Draining(app, log_level="error")
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         until(lambda: server.started)
@@ -128,6 +140,14 @@ def show(url, text="What is this?"):
 
 
 PATH = "/v1/chat/completions"
+JSON = {"content-type": "application/json"}
+
+
+def case(number, name, *values):
+    """A row of a table of F.4's cases: its id begins with the case's number (test_cases.py counts them)."""
+    import pytest  # a server in a process of its own does without
+
+    return pytest.param(*values, id=f"{number:02}-{name}")
 
 
 def refused(response, status, param=None, says=""):

@@ -1,81 +1,16 @@
 """The whole way: the official client, a real socket, the server, the engine's thread, a small model that sees."""
 
-import contextlib
 import threading
-import time
 
 import httpx
 import openai
 import pytest
 import torch
 from PIL import Image
-from server_fakes import data_url, running, until
+from server_fakes import data_url, until
+from server_real import serving
 
-from puna.engine import Engine, EngineThread
-from puna.model import Llama4, ModelConfig, VisionConfig
-from puna.serve import create_app
-from puna.serve.limits import Limits
-
-
-def lively_model(processor):
-    """Random but sharp, so that answers depend on the prompt; it never ends an answer by itself."""
-    torch.manual_seed(0)
-    tokenizer = processor.tokenizer
-    vision = VisionConfig(image_size=16, patch_size=4, width=32, layers=1, heads=2, mlp_width=32, adapter_width=32)
-    model = Llama4(
-        ModelConfig(
-            tokenizer.vocab_size, d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, expert_width=32,
-            dense_width=32, n_experts=4, chunk=32, floor_scale=8, max_context=512, patch_token=tokenizer.patch,
-            vision=vision,
-        )
-    ).eval()  # fmt: skip
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.mul_(3)
-        model.output.weight.normal_(generator=torch.Generator().manual_seed(0))
-        model.output.weight[list(tokenizer.stop_ids)] = 0
-    return model
-
-
-class Served:
-    """A running server: its URL, client and app, its engine, how many answers each step advanced, what was aborted."""
-
-    def __init__(self, thread, app, url):
-        self.thread, self.app, self.url = thread, app, url
-        self.engine, self.together, self.aborted, self.pause = thread.engine, [], [], 0.0
-        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30)
-        step, abort = self.engine.step, self.engine.abort
-
-        def counted_step():
-            time.sleep(self.pause)
-            self.together.append(len(self.engine.scheduler.active))
-            return step()
-
-        def recorded_abort(id):
-            was_running = abort(id)
-            self.aborted += [id] * was_running
-            return was_running
-
-        self.engine.step, self.engine.abort = counted_step, recorded_abort
-
-    def ask(self, content="Where is the cat?", max_tokens=16, **options):
-        messages = content if isinstance(content, list) else [{"role": "user", "content": content}]
-        return self.client.chat.completions.create(model="tiny", messages=messages, max_tokens=max_tokens, **options)
-
-    def text(self, *args, **options):
-        return self.ask(*args, **options).choices[0].message.content
-
-
-@contextlib.contextmanager
-def serving(processor, max_batch=4, **limits):
-    torch.set_num_threads(1)
-    with EngineThread(Engine(lively_model(processor), processor, max_batch=max_batch)) as thread:
-        app = create_app(thread, "tiny", "0" * 64, context=512, limits=Limits(**limits))
-        with running(app) as url:
-            served = Served(thread, app, url)
-            with served.client:
-                yield served
+from puna.engine import Engine
 
 
 @pytest.fixture(scope="module")
@@ -138,22 +73,6 @@ def test_a_picture_is_seen_and_counted(server, tiny_processor):
         assert seen - without == sum(tiny_processor.image.tokens(*picture.size) for picture in pictures)
 
 
-@pytest.mark.parametrize(
-    ("url", "says"),
-    [
-        ("http://example.com/cat.png", "data URLs"),
-        ("https://169.254.169.254/latest", "data URLs"),
-        ("file:///etc/passwd", "data URLs"),
-        ("data:image/png;base64,iVBORw0KGgo=", "not a readable PNG"),
-    ],
-)
-def test_a_picture_that_is_not_in_the_request_is_refused(server, url, says):
-    with pytest.raises(openai.BadRequestError) as caught:
-        server.ask(see(url))
-    assert caught.value.status_code == 400 and says in caught.value.message
-    assert caught.value.param == "messages[0].content[0].image_url.url"
-
-
 def test_what_does_not_fit_is_refused_in_openais_words(server):
     for content, options in (("word " * 900, {}), ("hello", {"max_tokens": 500})):
         with pytest.raises(openai.BadRequestError) as caught:
@@ -207,15 +126,15 @@ def test_a_seed_makes_chance_repeatable(server):
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_frees_the_only_place(tiny_processor, stream):
     """One place in the batch, one in the server: the next request is answered although the first had just begun."""
-    with serving(tiny_processor, max_batch=1, open_requests=1) as server:
+    with serving(tiny_processor, max_batch=1, running=1, waiting=1) as server:
         server.pause = 0.02  # the whole first answer would take nine seconds
         if stream:
             chunks = server.ask(max_tokens=450, stream=True)
             assert next(iter(chunks)).choices
             until(lambda: server.engine.busy)
-            with pytest.raises(openai.InternalServerError) as caught:
-                server.ask()
-            assert caught.value.status_code == 503 and caught.value.code == "overloaded"
+            with pytest.raises(openai.RateLimitError) as caught:
+                server.ask(n=2)
+            assert caught.value.code == "overloaded"
             chunks.close()
         else:
             with pytest.raises(openai.APITimeoutError):
@@ -223,23 +142,6 @@ def test_who_leaves_frees_the_only_place(tiny_processor, stream):
         until(lambda: server.app.state.places.taken == 0)
         assert len(server.text(max_tokens=4)) > 0
         assert len(server.aborted) == 1 and len(server.together) < 200
-
-
-def test_a_request_that_fails_in_the_engine_fails_alone(server, monkeypatch):
-    whole, prefill = server.text("Name a word.", 8), server.engine._prefill
-
-    def broken(group):
-        if any(request.sampling.max_tokens == 13 for request in group):
-            raise RuntimeError("a secret of the machine")
-        return prefill(group)
-
-    monkeypatch.setattr(server.engine, "_prefill", broken)
-    with pytest.raises(openai.InternalServerError) as caught:
-        server.ask(max_tokens=13)
-    assert caught.value.status_code == 500 and "secret" not in caught.value.message
-    with pytest.raises(openai.APIError, match="failed"):
-        list(server.ask(max_tokens=13, stream=True))
-    assert server.text("Name a word.", 8) == whole
 
 
 def test_a_stopped_engine_is_no_longer_healthy(tiny_processor):

@@ -7,23 +7,25 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from server_fakes import PATH, ask
+from server_fakes import PATH, FakeEngine, ask, make_app, until
 
 from puna.errors import PunaError
-from puna.serve.api import listen
+from puna.serve.limits import Limits
+from puna.serve.run import Draining, listen
 
 HERE = Path(__file__).parent
 SCRIPT = """
 import sys
 from server_fakes import FakeEngine, make_app
-from puna.serve.api import listen, run
+from puna.serve.run import listen, run
 from puna.serve.limits import Limits
-app = make_app(FakeEngine(lambda m: "word " * int(sys.argv[1]), pause=0.05, context=5000), limits=Limits.from_env())
+app = make_app(FakeEngine(lambda m: "word " * int(sys.argv[1]), pause=0.05, context=5000), limits=Limits.read())
 run(app, listen("127.0.0.1", 0))
 print("closed in order")
 """
@@ -51,28 +53,61 @@ def begin(port):
     return connection, response
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_running_answers_are_finished(number):
-    with server(words=20) as (process, port):
+def status(port, method, path, body=None):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request(method, path, body and json.dumps(body), {"content-type": "application/json"})
+    response = connection.getresponse()
+    response.read()
+    connection.close()
+    return response.status, response.getheader("retry-after")
+
+
+def test_77_running_answers_are_finished_and_new_ones_refused():
+    with server(words=40) as (process, port):
         connection, response = begin(port)
-        process.send_signal(number)
+        assert status(port, "GET", "/ready")[0] == 200
+        process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
-        with pytest.raises(OSError):
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        for path in (PATH, "/v1/responses"):
+            assert status(port, "POST", path, ask()) == (503, "5")
+        assert status(port, "GET", "/health")[0] == 200 and status(port, "GET", "/ready")[0] == 503
         text = response.read().decode()
         connection.close()
         assert text.rstrip().endswith("[DONE]") and '"finish_reason":"stop"' in text
         assert process.wait(10) == 0 and process.stdout.read() == "closed in order\n"
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
 
 
-def test_drain_seconds_is_the_longest_wait():
-    with server(words=1000, PUNA_MAX_DRAIN_SECONDS="1") as (process, port):
-        connection, _ = begin(port)
-        began = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
-        assert 0.5 < time.monotonic() - began < 5
+@contextmanager
+def draining(**limits):
+    """A server in this process with an answer of 50 s begun: (the server, its thread, the client's connection)."""
+    app = make_app(FakeEngine(lambda m: "word " * 1000, pause=0.05, context=5000), limits=Limits(**limits))
+    with listen("127.0.0.1", 0) as listener:
+        server = Draining(app, log_level="critical")
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        until(lambda: server.started)
+        connection, _ = begin(listener.getsockname()[1])
+        yield server, thread
         connection.close()
+
+
+def test_77_drain_seconds_is_the_longest_wait():
+    with draining(drain_seconds=1) as (server, thread):
+        began = time.monotonic()
+        server.handle_exit(signal.SIGTERM, None)
+        thread.join(20)
+        assert not thread.is_alive() and time.monotonic() - began > 0.9
+        assert server.config.app.state.places.taken == 0
+
+
+def test_77_a_second_signal_ends_it_at_once():
+    with draining(drain_seconds=60) as (server, thread):
+        for _ in range(2):
+            server.handle_exit(signal.SIGINT, None)
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_taken_or_impossible_addresses():

@@ -153,7 +153,6 @@ def test_conversations_that_are_refused(client, messages, param):
             "",
         ),
         ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools[0].function.strict", ""),
-        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", ""),
         (
             {"tools": [{"type": "function", "function": {"name": "f", "description": "x" * 600_000}}]},
             "tools",

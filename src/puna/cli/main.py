@@ -126,6 +126,8 @@ def build_parser() -> Parser:
         p.add_argument(f"--{kind}", action="append", default=[], metavar="PATH", dest="shown",
                        type=lambda path, kind=kind: (kind, path), help=f"show {text}; repeatable")  # fmt: skip
     _sampling(p)
+    p.add_argument("--backend", choices=("puna", "transformers"), default="puna",
+                   help="transformers: let it answer from an exported folder, as a check of ours")  # fmt: skip
     p = command("chat", "talk:chat", "talk to a model in the terminal")
     _model(p)
     _sampling(p)
@@ -134,6 +136,7 @@ def build_parser() -> Parser:
     p.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone")
     p.add_argument("--port", type=port, default=8000, help="default 8000; 0: any free one")
     p.add_argument("--open", action="store_true", help="open the page in a browser")
+    _serving(p)
 
     p = command("convert", "tools:convert", "write a model in another format")
     p.add_argument("source", metavar="SRC", help="a run, stage, checkpoint, Hugging Face or Meta folder")
@@ -194,6 +197,20 @@ def _group(commands, name: str, text: str):
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(parser=parser)
     return parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+
+def _serving(p: Parser) -> None:
+    from puna.serve.limits import table
+
+    p.add_argument("--engine", choices=("puna", "vllm"), default="puna",
+                   help="vllm: serve an exported folder with vLLM, where it is installed (default puna)")  # fmt: skip
+    p.add_argument("--name", metavar="NAME", help="of the model in the API (default: the folder's)")
+    p.add_argument("--api-keys", metavar="FILE", help="a file of API keys, one a line; every address but /health then "
+                   "wants one. PUNA_API_KEY in the environment is one more")  # fmt: skip
+    limits = p.add_argument_group("limits", "what a request may hold, ask and take; also by the variable in brackets")
+    for row in table():
+        text = f"{row.doc} (default {row.default}) [{row.variable}]"
+        limits.add_argument(row.flag, type=count, metavar="N", help=text)
 
 
 def _build(p: Parser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -48,9 +49,51 @@ def generate(args) -> None:
     """Prints the answer to one prompt as it comes."""
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     message = _message(prompt, [_shown(kind, path, args.frames) for kind, path in args.shown])
+    if args.backend == "transformers":
+        print(_by_transformers(args.model, [message], args))
+        return
     for piece in _engine(args.model).stream([message], **_sampling(args)):
         print(piece, end="", flush=True)
     print()
+
+
+def _by_transformers(path: str, messages: list[dict], args) -> str:
+    """What transformers' own Llama 4 answers, loaded from the same folder: prompt, tiles, stops and bans are ours."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise PunaError("--backend transformers needs it: pip install 'puna[hf]'") from error
+    import torch
+
+    from puna.convert.huggingface import open_hf
+
+    folder = Path(path)
+    try:
+        kind = json.loads((folder / "config.json").read_text())["architectures"][0]
+        made = {"Llama4ForConditionalGeneration": transformers.Llama4ForConditionalGeneration,
+                "Llama4ForCausalLM": transformers.Llama4ForCausalLM}[kind]  # fmt: skip
+    except (OSError, ValueError, LookupError, TypeError):
+        text = f"{path} is no Hugging Face folder of a Llama 4: puna convert {path} DST --to hf, then ask DST"
+        raise PunaError(text) from None
+    _, processor = open_hf(folder)
+    if processor is None:
+        raise PunaError(f"{path} holds no tokenizer, so it can't read a prompt: put tokenizer.json there")
+    encoded, tokenizer = processor.encode_chat(messages, generation_prompt=True), processor.tokenizer
+    model = made.from_pretrained(folder, dtype="auto").eval()
+    tokens = torch.from_numpy(encoded.tokens.astype("int64"))[None]
+    seen = {"pixel_values": processor.tiles(encoded.pictures).to(model.dtype)} if encoded.pictures else {}
+    drawn = {"do_sample": False}
+    if args.temperature > 0:
+        drawn = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k or 0}
+        if args.seed is not None:
+            torch.manual_seed(args.seed)
+    with torch.inference_mode():
+        [answer] = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=args.max_tokens, use_cache=True,
+            eos_token_id=sorted(tokenizer.stop_ids), pad_token_id=min(tokenizer.stop_ids), **seen, **drawn,
+            suppress_tokens=sorted(set(tokenizer.special.values()) - set(tokenizer.stop_ids)),
+        )  # fmt: skip
+    return tokenizer.decode(answer[tokens.shape[1] :].tolist())
 
 
 def chat(args) -> None:
@@ -106,6 +149,30 @@ def _answer(engine, messages: list[dict], args) -> str | None:
 
 def serve(args) -> None:
     """Serves until it is stopped."""
-    from puna.serve import serve
+    from puna.serve import Limits, serve
 
-    serve(args.model, host=args.host, port=args.port, open_browser=args.open)
+    serve(
+        args.model, host=args.host, port=args.port, open_browser=args.open, name=args.name, engine=args.engine,
+        limits=Limits.read(limit_flags(args)), keys=api_keys(args.api_keys),
+    )  # fmt: skip
+
+
+def limit_flags(args) -> dict[str, int | None]:
+    """The limits that the command line gave, by name."""
+    from puna.serve.limits import table
+
+    return {row.name: getattr(args, row.flag.removeprefix("--").replace("-", "_")) for row in table()}
+
+
+def api_keys(path: str | None) -> list[str]:
+    """The API keys in a file, one a line; # begins a comment. Never an argument: the whole machine sees those."""
+    if path is None:
+        return []
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PunaError(f"cannot read the API keys in {path}: {error}") from error
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise PunaError(f"{path} holds no API key: write one a line")
+    return keys

@@ -72,6 +72,14 @@ class EngineThread:
         """Can requests be answered?"""
         return self._thread.is_alive() and not self._closing
 
+    def prepare(self, prompt, salt: str | None = None):
+        """`Engine.prepare`, in the caller's thread."""
+        return self.engine.prepare(prompt, salt)
+
+    def stats(self) -> dict:
+        """`Engine.stats`: the engine's numbers, for whoever watches."""
+        return self.engine.stats()
+
     def submit(self, prompt, sampling: Sampling | None = None, salt: str | None = None) -> Handle:
         """Queues a request (messages, `Encoded` or token ids). Raises PunaError at once if it cannot be served.
 

@@ -59,17 +59,49 @@ def read_video(source: bytes | os.PathLike, frames: int = FRAMES, side: int | No
         raise PunaError(f"a video must be a pathlib.Path or the file's bytes, not {type(source).__name__}")
     if not data:
         raise PunaError("the video is empty: 0 bytes")
-    if data[:4] == b"GIF8" or (data[:4], data[8:12]) == (b"RIFF", b"WEBP"):
-        found = _animation(data, frames)
-    elif data[4:8] == b"ftyp":
-        found = _film(data, "mp4", frames)
-    elif data[:4] == b"\x1aE\xdf\xa3":
-        found = _film(data, "webm", frames)
-    else:
-        raise PunaError("the video is not an MP4, WebM, GIF or WebP file, or its start is damaged")
+    kind = _kind(data)
+    found = _animation(data, frames) if kind == "animation" else _film(data, kind, frames)
     for frame in found if side else ():
         frame.picture.thumbnail((side, side))
     return found
+
+
+def film_size(data: bytes) -> tuple[int, int, int]:
+    """(width, height, frames) of a video file: its packets or blocks are counted, no pixel is decoded.
+
+    A server bounds with it what `read_video` may be made to do. Raises `PunaError` for what is no readable video."""
+    try:
+        if (kind := _kind(data)) == "animation":
+            with Image.open(io.BytesIO(data), formats=("GIF", "WEBP")) as film:
+                return *film.size, getattr(film, "n_frames", 1)
+        with _av().open(io.BytesIO(data), format=kind) as film:
+            if not film.streams.video:
+                raise PunaError("the video has no pictures: no video stream is in the file")
+            stream = film.streams.video[0]
+            return stream.width, stream.height, sum(packet.pts is not None for packet in film.demux(stream))
+    except PunaError:
+        raise
+    except Exception as error:  # the parsers raise many types on broken bytes
+        raise PunaError(_DAMAGED) from error
+
+
+def _kind(data: bytes) -> str:
+    """Which decoder: "animation" for pillow, or the name of the container format for FFmpeg."""
+    if data[:4] == b"GIF8" or (data[:4], data[8:12]) == (b"RIFF", b"WEBP"):
+        return "animation"
+    if data[4:8] == b"ftyp":
+        return "mp4"
+    if data[:4] == b"\x1aE\xdf\xa3":
+        return "webm"
+    raise PunaError("the video is not an MP4, WebM, GIF or WebP file, or its start is damaged")
+
+
+def _av():
+    try:
+        import av
+    except ImportError as error:
+        raise PunaError("MP4 and WebM videos need PyAV: pip install 'puna[video]'") from error
+    return av
 
 
 def _chosen(starts: Sequence[float], end: float, frames: int) -> list[int]:
@@ -103,10 +135,7 @@ def _animation(data: bytes, frames: int) -> list[Frame]:
 
 
 def _film(data: bytes, kind: str, frames: int) -> list[Frame]:
-    try:
-        import av
-    except ImportError as error:
-        raise PunaError("MP4 and WebM videos need PyAV: pip install 'puna[video]'") from error
+    av = _av()
     try:
         with av.open(io.BytesIO(data), format=kind) as film:
             if not film.streams.video:

@@ -1,52 +1,54 @@
-"""The server: OpenAI's chat completions over one engine thread, and the chat page.
+"""The server: OpenAI's API over one engine thread, and the chat page.
 
     GET  /                      the page (serve/page, static)
-    POST /v1/chat/completions   schemas.py -> messages.py -> engine -> stream.py
+    POST /v1/chat/completions   body.py -> schemas.py -> messages.py and shape.py -> engine -> chat.py
+    POST /v1/completions        ... -> completions.py
+    POST /v1/responses          responses.py -> the same as for a chat -> responses.py
+    POST /tokenize              what the model would read
     GET  /v1/models             the one model, with its size, checkpoint hash and limits
     GET  /health                200 while the engine can answer, else 503
+    GET  /ready                 200 while a request would be taken now, else 503
+    GET  /metrics               metrics.py
+    GET  /openapi.json          openapi.py
 
-A request passes four gates before it costs anything: where it comes from and how long it is (gate.py), what it asks
-(schemas.py), what it shows (messages.py), and whether it fits in the context (the engine). Each refuses with one
-error shape (errors.py). A request that fails inside the engine fails alone; a client that leaves frees its place at
-once.
+A request passes these gates before it costs anything: where it comes from and whose key it has (gate.py), how long it
+is (body.py), what it asks (schemas.py), whether a place is free, what it shows (messages.py), and whether it fits in
+the context (the engine). Each refuses with one error shape (errors.py). A request that fails inside the engine fails
+alone; a client that leaves frees its places at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import logging
-import signal
-import socket
-import threading
 import time
-import webbrowser
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import FastAPI, Request
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from puna.engine.sampler import Sampling
+from puna import __version__
 from puna.errors import PunaError
-from puna.serve import errors, gate
-from puna.serve.answers import Answer
+from puna.serve import errors, gate, metrics, openapi, responses
+from puna.serve.answers import Answers, Piece
+from puna.serve.body import Bodies
+from puna.serve.chat import Chat
+from puna.serve.completions import Completions
 from puna.serve.errors import ApiError, AsciiJSON
 from puna.serve.limits import Limits
 from puna.serve.messages import to_processor
-from puna.serve.schemas import ChatRequest, parse
-from puna.serve.stream import Completion, EventStream, Piece, gone
+from puna.serve.schemas import ChatRequest, CompletionRequest, JsonObject, Sampled, TokenizeRequest, offered, parse
+from puna.serve.shape import check_tools, samplings
+from puna.serve.stream import EventStream, Speller, gone
 
-log = logging.getLogger("puna.serve")
 PAGE = Path(__file__).parent / "page"
 # what the page heeds beforehand, and the fields of a request that its settings may set
 SHOWN_LIMITS = ("pictures", "picture_bytes", "picture_pixels", "text_chars", "answer_tokens")
 SHOWN_SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "seed", "frequency_penalty", "presence_penalty", "repetition_penalty",
 )  # fmt: skip
-DEFAULT_TOKENS = 512  # max_tokens of a request that names none
 
 
 @dataclass(frozen=True)
@@ -70,53 +72,61 @@ def create_app(
     active_parameters: int = 0,
     context: int = 0,
     pictures: bool = True,
+    tokenizer=None,
     limits: Limits | None = None,
     loopback_only: bool = False,
+    keys: Sequence[str] = (),
 ) -> FastAPI:
-    """The application. `engine` is a `puna.engine.EngineThread` (or a double with `submit`, see answers.py).
+    """The application. `engine` is a `puna.engine.EngineThread`, or a double with `prepare`, `submit`, `stats` and
+    `alive` (tests/server/server_fakes.py).
 
-    parameters, active_parameters, context (tokens) and pictures (does the model see?) describe the model;
-    loopback_only: refuse requests whose Host header is no loopback name.
+    parameters, active_parameters, context (tokens) and pictures (does the model see?) describe the model. tokenizer:
+    without one, what needs the text of token ids is refused: log-probabilities, /v1/completions of texts, /tokenize.
+    loopback_only: refuse requests whose Host header is no loopback name. keys: the API keys; none: nobody needs one.
     """
-    limits = limits or Limits()
     card = Card(model_name, checkpoint_hash, parameters, active_parameters, context, pictures)
-    started = int(time.time())
+    server = Server(engine, card, limits or Limits(), tokenizer)
     app = FastAPI(title="puna", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     errors.install(app)
-    app.add_middleware(gate.Gate, loopback_only=loopback_only)
-    places = _Places(limits.open_requests)
-    app.state.limits, app.state.card, app.state.places = limits, card, places
+    app.state.server, app.state.limits, app.state.card = server, server.limits, card
+    app.state.places, app.state.draining = server.places, False
+    checked = gate.Keys(keys, server.limits.key_chars)
+    app.add_middleware(gate.Gate, loopback_only=loopback_only, keys=checked, state=app.state)
+    app.add_middleware(server.metrics.counted, paths=frozenset((*openapi.POSTS, *openapi.GETS, "/")))
+    document = openapi.document(__version__)
 
     @app.get("/health")
     async def health():
-        alive = getattr(engine, "alive", True)
-        return AsciiJSON({"status": "ok" if alive else "engine stopped"}, status_code=200 if alive else 503)
+        return AsciiJSON({"status": "ok"}) if engine.alive else AsciiJSON({"status": "engine stopped"}, 503)
+
+    @app.get("/ready")
+    async def ready():
+        full = server.places.taken >= server.places.most
+        why = "engine stopped" if not engine.alive else "stopping" if app.state.draining else "full" if full else ""
+        return AsciiJSON({"status": why or "ready"}, 503 if why else 200)
+
+    @app.get("/metrics")
+    async def numbers():
+        return Response(server.metrics.text(), media_type=metrics.CONTENT_TYPE)
+
+    @app.get("/openapi.json")
+    async def described():
+        return AsciiJSON(document)
 
     @app.get("/v1/models")
     async def models():
-        return AsciiJSON({"object": "list", "data": [_described(card, started, limits)]})
+        return AsciiJSON({"object": "list", "data": [server.model()]})
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str):
-        _check_model(name, card)
-        return AsciiJSON(_described(card, started, limits))
+        server.check_model(name)
+        return AsciiJSON(server.model())
 
-    @app.post("/v1/chat/completions")
-    async def completions(request: Request):
-        with places.take() as place:
-            chat = parse(await gate.read_body(request, limits), limits)
-            if chat.model is not None:
-                _check_model(chat.model, card)
-            answer = await asyncio.to_thread(_submit, engine, chat, card, limits)
-            options = chat.stream_options
-            completion = Completion(
-                card.name, answer.prompt_tokens, limits.boxes, bool(options and options.include_usage),
-                [tool["function"]["name"] for tool in chat.offered],
-            )  # fmt: skip
-            if not chat.stream:
-                return await _whole(request, answer, completion)
-            place.keep()
-            return EventStream(completion.events(answer.pieces()), close=lambda: (answer.abort(), place.leave()))
+    for path, handler in (
+        ("/v1/chat/completions", server.chat), ("/v1/completions", server.completions),
+        ("/v1/responses", server.responses), ("/tokenize", server.tokenize),
+    ):  # fmt: skip
+        app.add_api_route(path, handler, methods=["POST"], response_model=None)
 
     @app.get("/")
     async def page():
@@ -126,192 +136,229 @@ def create_app(
     return app
 
 
-def _submit(engine, chat: ChatRequest, card: Card, limits: Limits) -> Answer:
-    """Opens the pictures, encodes and queues the request: blocking work, hence its own thread."""
-    messages = to_processor(chat, limits, card.pictures)
-    wanted = {"temperature": chat.temperature, "top_p": chat.top_p, "top_k": chat.top_k, "seed": chat.seed}
-    given = {name: value for name, value in wanted.items() if value is not None}
-    try:
-        if chat.limit is not None:
-            return Answer(engine, messages, Sampling(max_tokens=chat.limit, stop=chat.stops, **given))
-        try:
-            return Answer(engine, messages, Sampling(max_tokens=DEFAULT_TOKENS, stop=chat.stops, **given))
-        except PunaError:  # no room for the default: take the room there is, which is less
-            return Answer(engine, messages, Sampling(max_tokens=None, stop=chat.stops, **given))
-    except PunaError as error:
-        if not getattr(engine, "alive", True):
-            raise ApiError(503, str(error), code="engine_stopped") from None
-        raise ApiError(
-            400, str(error), "messages", "context_length_exceeded" if "context" in str(error) else None
-        ) from None
+class Server:
+    """The handlers that need the engine, and what they share."""
 
-
-async def _whole(request: Request, answer: Answer, completion: Completion):
-    """The complete answer as one JSON object; a client that leaves before it is done ends the work."""
-    collect = asyncio.create_task(_collect(answer.pieces()))
-    watch = asyncio.create_task(gone(request.receive))
-    try:
-        await asyncio.wait({collect, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not collect.done():
-            return AsciiJSON({}, status_code=499)  # nobody is there to read it
-        return AsciiJSON(completion.whole(*collect.result()))
-    finally:
-        answer.abort()
-        collect.cancel()
-        watch.cancel()
-        await asyncio.gather(collect, watch, return_exceptions=True)
-
-
-async def _collect(pieces: AsyncIterator[Piece]) -> tuple[str, int, str]:
-    text, tokens, reason = [], 0, "stop"
-    async for piece in pieces:
-        text.append(piece.text)
-        tokens, reason = piece.tokens, piece.finish_reason or reason
-    return "".join(text), tokens, reason
-
-
-def _check_model(name: str, card: Card) -> None:
-    if name != card.name:
-        raise ApiError(
-            404, f"there is no model {name[:100]!r} here; this server has {card.name!r}", "model", "model_not_found"
+    def __init__(self, engine, card: Card, limits: Limits, tokenizer):
+        self.engine, self.card, self.limits, self.tokenizer = engine, card, limits, tokenizer
+        self.places, self.bodies, self.started = Places(limits.places), Bodies(limits), int(time.time())
+        self.metrics = metrics.Metrics(
+            engine.stats, lambda: {"places_taken": self.places.taken, "body_bytes_held": self.bodies.held}
         )
 
+    # ---- the addresses
 
-def _described(card: Card, started: int, limits: Limits) -> dict:
-    """OpenAI's model object, and what the page shows besides."""
-    return {
-        "id": card.name, "object": "model", "created": started, "owned_by": "puna",
-        "checkpoint": card.checkpoint, "parameters": card.parameters, "active_parameters": card.active_parameters,
-        "context": card.context, "pictures": card.pictures,
-        "limits": {name: getattr(limits, name) for name in SHOWN_LIMITS},
-        "sampling": [name for name in SHOWN_SAMPLING if name in ChatRequest.model_fields],
-    }  # fmt: skip
+    async def chat(self, request: Request):
+        asked = parse(await self.bodies.json(request), ChatRequest, self.limits)
+        speller, n = self._speller(asked, "logprobs"), asked.n or 1
+
+        def frame(answers: Answers) -> Chat:
+            names = [tool["function"]["name"] for tool in asked.offered]
+            return Chat(
+                self.card.name, answers.prompt_tokens, n, self.limits.boxes, _wants_usage(asked), names, speller
+            )
+
+        return await self._answer(request, asked, lambda: [self._conversation(asked)], n, n, frame)
+
+    async def completions(self, request: Request):
+        asked = parse(await self.bodies.json(request), CompletionRequest, self.limits)
+        speller, n = self._speller(asked, "logprobs"), asked.n or 1
+        echo = [self._echo(prompt) for prompt in asked.prompts for _ in range(n)] if asked.echo else []
+
+        def frame(answers: Answers) -> Completions:
+            return Completions(
+                self.card.name, answers.prompt_tokens, len(answers), _wants_usage(asked), echo, speller
+            )
+
+        def prompts() -> list:
+            return [self._tokens(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
+
+        return await self._answer(request, asked, prompts, n, n * len(asked.prompts), frame)
+
+    async def responses(self, request: Request):
+        asked, chat, names = responses.parse_response(await self.bodies.json(request), self.limits)
+        speller = self._speller(chat, "include")
+
+        def frame(answers: Answers) -> responses.Response:
+            tools = [tool["function"]["name"] for tool in chat.offered]
+            return responses.Response(asked, self.card.name, answers.prompt_tokens, self.limits.boxes, tools, speller)
+
+        with responses.renaming(names):
+            return await self._answer(request, chat, lambda: [self._conversation(chat)], 1, 1, frame)
+
+    async def tokenize(self, request: Request):
+        asked = parse(await self.bodies.json(request), TokenizeRequest, self.limits)
+        self.check_model(asked.model)
+
+        def tokens() -> Sequence[int]:
+            if asked.prompt is not None:
+                return self._tokens(asked.prompt)
+            messages = to_processor(asked.messages, offered(asked.tools), self.limits, self.card.pictures)
+            return self.engine.prepare(messages).tokens
+
+        with self.places.take(1):
+            ids = [int(token) for token in await asyncio.to_thread(self._refusing, tokens)]
+        return AsciiJSON({"tokens": ids, "count": len(ids), "max_model_len": self.card.context})
+
+    # ---- what they share
+
+    async def _answer(
+        self, request: Request, asked: Sampled, prompts: Callable[[], list], n: int, count: int, frame: Callable
+    ):
+        """`count` answers, n to each of prompts(), in the frame that frame(answers) makes: whole or streamed."""
+        self.check_model(asked.model)
+        limits = self.limits
+        with self.places.take(count) as place:
+            salt = request.scope.get(gate.TENANT)
+
+            def submit() -> Answers:  # opens pictures, encodes and queues: blocking work, hence its own thread
+                return Answers(self.engine, prompts(), samplings(asked, limits, n), limits.answer_seconds, salt)
+
+            answers = await asyncio.to_thread(self._refusing, submit, asked)
+            made, pieces = frame(answers), self._measured(answers)
+            if not asked.stream:
+                return await _whole(request, answers, made.whole(pieces))
+            place.keep()
+            close = lambda: (answers.abort(), place.leave())  # noqa: E731
+            return EventStream(made.events(pieces), close, limits.read_seconds)
+
+    def _refusing(self, call: Callable, asked: Sampled | None = None):
+        """call(), whose PunaError is the client's mistake, or the engine's end."""
+        try:
+            return call()
+        except PunaError as error:
+            if not self.engine.alive:
+                raise ApiError(503, str(error), code="engine_stopped") from None
+            raise _refusal(error, asked) from None
+
+    def _conversation(self, asked: ChatRequest) -> list[dict]:
+        """A chat's messages, as the processor takes them."""
+        check_tools(asked, self.limits)
+        form = "json" if asked.forced else "pythonic"  # what a grammar can demand
+        messages = to_processor(asked.messages, asked.offered, self.limits, self.card.pictures, form)
+        if isinstance(asked.response_format, JsonObject):
+            texts = (part.get("text", "") for message in messages for part in message["content"])
+            if not any("json" in text.lower() for text in texts):
+                text = "with response_format json_object a message must say that JSON is wanted"
+                raise ApiError(400, text, "messages", "invalid_value")
+        return messages
+
+    def _tokens(self, text: str) -> list[int]:
+        """A plain text's ids: the document's beginning, then text; what looks like a control token is text."""
+        if self.tokenizer is None:
+            raise ApiError(400, "this server's model has no tokenizer; give token ids", "prompt")
+        return [self.tokenizer.bos, *self.tokenizer.encode(text)]
+
+    def _echo(self, prompt: str | list[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        known = self.tokenizer is not None and all(0 <= id < self.tokenizer.vocab_size for id in prompt)
+        if not known:
+            raise ApiError(400, "echo: the prompt's token ids have no text here", "echo")
+        return self.tokenizer.decode(prompt, special=True)
+
+    def _speller(self, asked: Sampled, field: str) -> Speller | None:
+        if asked.top is None:
+            return None
+        if self.tokenizer is None:
+            raise ApiError(400, f"{field}: this server's model has no tokenizer", field)
+        return Speller(self.tokenizer)
+
+    async def _measured(self, answers: Answers) -> AsyncIterator[tuple[int, Piece]]:
+        """The answers' pieces, counted on their way."""
+        counters = self.metrics
+        counters.prompt_tokens.inc(answers.prompt_tokens)
+        begun: set[int] = set()
+        async for number, piece in answers.pieces():
+            if piece.token is not None:
+                counters.answer_tokens.inc()
+                if number not in begun:
+                    begun.add(number)
+                    counters.first_token.observe(time.monotonic() - answers.began)
+            if piece.finish_reason:
+                counters.answers.labels(piece.finish_reason).inc()
+                counters.whole.observe(time.monotonic() - answers.began)
+            yield number, piece
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.card.name:
+            text = f"there is no model {name[:100]!r} here; this server has {self.card.name!r}"
+            raise ApiError(404, text, "model", "model_not_found")
+
+    def model(self) -> dict:
+        """OpenAI's model object, and what the page shows besides."""
+        card = self.card
+        return {
+            "id": card.name, "object": "model", "created": self.started, "owned_by": "puna",
+            "checkpoint": card.checkpoint, "parameters": card.parameters, "active_parameters": card.active_parameters,
+            "context": card.context, "pictures": card.pictures,
+            "limits": {name: getattr(self.limits, name) for name in SHOWN_LIMITS}, "sampling": list(SHOWN_SAMPLING),
+        }  # fmt: skip
 
 
-class _Places:
-    """How many requests are being answered; one more than `most` is a 503 that says when to try again."""
+async def _whole(request: Request, answers: Answers, body):
+    """The complete answer as one JSON object; a client that leaves before it is done ends the work."""
+    made = asyncio.ensure_future(body)
+    watch = asyncio.create_task(gone(request.receive))
+    try:
+        await asyncio.wait({made, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not made.done():
+            return AsciiJSON({}, status_code=499)  # nobody is there to read it
+        return AsciiJSON(made.result())
+    finally:
+        answers.abort()
+        made.cancel()
+        watch.cancel()
+        await asyncio.gather(made, watch, return_exceptions=True)
+
+
+def _wants_usage(asked: ChatRequest | CompletionRequest) -> bool:
+    return asked.stream_options is not None and asked.stream_options.include_usage
+
+
+def _refusal(error: PunaError, asked: Sampled | None) -> ApiError:
+    """What the engine says of a request. Its messages about a field begin with the field's name and a colon."""
+    text = str(error)
+    name, colon, rest = text.partition(": ")
+    if colon and name == "constraint":
+        forced = isinstance(asked, ChatRequest) and asked.forced
+        name = "regex" if asked is not None and asked.regex else "tool_choice" if forced else "response_format"
+        return ApiError(400, f"{name}: {rest}", name, "invalid_value")
+    if colon and name in Sampled.model_fields:
+        return ApiError(400, text, name, "invalid_value")
+    return ApiError(400, text, "messages", "context_length_exceeded" if "context" in text else None)
+
+
+class Places:
+    """How many answers are being made or wait; one more than `most` is a 429 that says when to try again."""
 
     def __init__(self, most: int):
         self.most, self.taken = most, 0
 
-    def take(self) -> _Place:
-        if self.taken >= self.most:
-            message = f"{self.most} requests are being answered already; try again shortly"
-            raise ApiError(503, message, code="overloaded", headers={"retry-after": "1"})
-        return _Place(self)
+    def take(self, count: int) -> Place:
+        if self.taken + count > self.most:
+            message = f"{self.taken} answers are being made or wait already; try again shortly"
+            raise ApiError(429, message, code="overloaded", headers={"retry-after": "1"})
+        return Place(self, count)
 
 
-class _Place:
-    """One request's place: given back on leaving the `with` block, or later by `leave` after `keep`."""
+class Place:
+    """One request's places: given back on leaving the `with` block, or later by `leave` after `keep`."""
 
-    def __init__(self, places: _Places):
-        self.places, self.kept, self.left = places, False, False
-        places.taken += 1
+    def __init__(self, places: Places, count: int):
+        self.places, self.count, self.kept = places, count, False
+        places.taken += count
 
     def keep(self) -> None:
         self.kept = True
 
     def leave(self) -> None:
-        if not self.left:
-            self.left = True
-            self.places.taken -= 1
+        self.places.taken -= self.count
+        self.count = 0
 
-    def __enter__(self) -> _Place:
+    def __enter__(self) -> Place:
         return self
 
     def __exit__(self, *exception) -> None:
         if not self.kept or exception[0] is not None:
             self.leave()
-
-
-def serve(
-    model_path: str | Path,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    open_browser: bool = False,
-    name: str | None = None,
-    limits: Limits | None = None,
-) -> None:
-    """Loads the model and answers until SIGINT or SIGTERM; running answers then get `drain_seconds` to finish.
-
-    host: 127.0.0.1 keeps it to this machine; there is no login, so put a proxy with one before it elsewhere. port 0:
-    any free one. Raises PunaError if the model has no tokenizer, or the address is taken.
-    """
-    from puna.convert import load
-    from puna.engine import Engine, EngineThread
-
-    limits = limits or Limits.from_env()
-    listener = listen(host, port)
-    try:
-        model, processor = load(model_path)
-        if processor is None:
-            raise PunaError(f"{model_path} holds no tokenizer, so it cannot chat; serve a stage's folder made by puna")
-        counts = model.parameter_count()
-        engine = EngineThread(Engine(model, processor))
-        app = create_app(
-            engine, name or Path(model_path).resolve().name, fingerprint(model),
-            parameters=counts.total, active_parameters=counts.active, context=engine.engine.max_context,
-            pictures=model.config.vision is not None and processor.image is not None,
-            limits=limits, loopback_only=gate.is_loopback(host),
-        )  # fmt: skip
-        try:
-            run(app, listener, open_browser)
-        finally:
-            engine.close()
-    finally:
-        listener.close()
-
-
-def run(app: FastAPI, listener: socket.socket, open_browser: bool = False) -> None:
-    """Answers on `listener` until SIGINT or SIGTERM, lets running answers finish (`drain_seconds`), and returns."""
-    import uvicorn
-
-    limits: Limits = app.state.limits
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=limits.drain_seconds,
-        h11_max_incomplete_event_size=64 * 1024,
-    )
-    host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"{app.state.card.name} answers at {url} (Ctrl-C stops)", flush=True)
-    if open_browser:
-        webbrowser.open(url)
-    # uvicorn raises the signal once more after draining; nobody needs to die of it then
-    main = threading.current_thread() is threading.main_thread()  # elsewhere signals are not ours to handle
-    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
-    try:
-        uvicorn.Server(config).run(sockets=[listener])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, taken before the model is loaded, so that a taken port is said at once."""
-    if not 0 <= port <= 65535:
-        raise PunaError(f"cannot listen on port {port}; choose a --port from 0 (any free one) to 65535")
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
-    except (OSError, OverflowError) as error:
-        raise PunaError(f"cannot listen on {host}:{port}: {error}; choose another --port or --host") from None
-    return listener
-
-
-def fingerprint(model) -> str:
-    """SHA-256 (hex) over all weights as loaded, by name: equal weights, equal fingerprint."""
-    from puna.convert.puna import tensor_hash
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}={tensor_hash(tensor)}\n".encode())
-    return digest.hexdigest()

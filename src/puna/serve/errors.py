@@ -18,9 +18,9 @@ from puna.errors import PunaError
 
 log = logging.getLogger("puna.serve")
 
-_TYPES = {404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _MESSAGES = {
-    404: "there is nothing at this address; see /v1/chat/completions, /v1/models, /health and /",
+    404: "there is nothing at this address; /openapi.json lists what there is",
     405: "this address does not answer this method",
 }
 
@@ -34,16 +34,15 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
 
-def body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict:
+def content(error: ApiError) -> dict:
     """The JSON object of an error, as OpenAI's API has it."""
-    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    kind = _TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
 def response(error: ApiError) -> JSONResponse:
     """The error as an HTTP response. Lone surrogates in quoted input cannot break it: the JSON is pure ASCII."""
-    content = body(error.status, error.message, error.param, error.code)
-    return AsciiJSON(content, status_code=error.status, headers=error.headers)
+    return AsciiJSON(content(error), status_code=error.status, headers=error.headers)
 
 
 class AsciiJSON(JSONResponse):

@@ -15,45 +15,51 @@ import binascii
 import io
 import re
 import warnings
+from collections.abc import Sequence
 
 from PIL import Image
 
 from puna.errors import PunaError
 from puna.processor.image import open_picture
 from puna.processor.tools import offer, read_calls, with_tools
+from puna.processor.video import film_size
 from puna.serve.errors import ApiError
 from puna.serve.limits import Limits
-from puna.serve.schemas import ChatRequest
 
 _DATA_URL = re.compile(r"data:image/(png|jpeg|jpg|webp|gif);base64,", re.IGNORECASE)
 _ONLY_DATA = (
     "pictures must be data URLs (data:image/png;base64,... or jpeg, webp, gif); addresses and paths are refused"
 )
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+_FILM = re.compile(r"data:(video/(mp4|webm)|image/(gif|webp));base64,", re.IGNORECASE)
+_ONLY_FILM = "videos must be data URLs (data:video/mp4;base64,... or video/webm, image/gif, image/webp)"
 
 
-def to_processor(request: ChatRequest, limits: Limits, sees: bool = True) -> list[dict]:
-    """Messages for `Processor.encode_chat`, pictures opened. `sees`: whether the model has a vision part.
+def to_processor(
+    messages: Sequence, tools: Sequence[dict], limits: Limits, sees: bool = True, form: str = "pythonic"
+) -> list[dict]:
+    """A request's messages for `Processor.encode_chat`: pictures opened, `tools` offered in a `form`.
 
-    Raises ApiError 400 for an impossible order of roles, too much text, or a picture that is refused."""
-    order(request)
+    sees: whether the model has a vision part. Raises ApiError 400 for an impossible order of roles, too much text, or a
+    picture that is refused."""
+    order(messages)
     budget = _Budget(limits, sees)
-    messages = [_message(m, f"messages[{i}]", budget) for i, m in enumerate(request.messages)]
-    _sort_results(messages)
-    if not request.offered:
-        return messages
+    found = [_message(m, f"messages[{i}]", budget) for i, m in enumerate(messages)]
+    _sort_results(found)
+    if not tools:
+        return found
     try:
-        budget.text(offer(request.offered), "tools")
+        budget.text(offer(tools, form), "tools")
     except PunaError as error:
         raise ApiError(400, str(error), "tools", "invalid_value") from None
-    return with_tools(messages, request.offered)
+    return with_tools(found, tools, form)
 
 
-def order(request: ChatRequest) -> None:
+def order(messages: Sequence) -> None:
     """At most one system message, first; every tool call answered right behind it, once; the last word is the user's
     or a tool's, so that there is something to answer."""
     waiting: list[str] = []  # ids of calls without a result
-    for i, message in enumerate(request.messages):
+    for i, message in enumerate(messages):
         if message.role == "system" and i > 0:
             raise ApiError(400, "only the first message may be a system message", f"messages[{i}].role")
         if message.role == "tool":
@@ -70,8 +76,8 @@ def order(request: ChatRequest) -> None:
                 raise ApiError(400, "two tool calls have the same id", f"messages[{i}].tool_calls")
             if message.content is None and not waiting:
                 raise ApiError(400, "content is missing", f"messages[{i}].content", "missing_parameter")
-    last = len(request.messages) - 1
-    if request.messages[last].role not in ("user", "tool") or waiting:
+    last = len(messages) - 1
+    if messages[last].role not in ("user", "tool") or waiting:
         raise ApiError(400, "the last message must be the user's, or the last tool's", f"messages[{last}].role")
 
 
@@ -107,8 +113,33 @@ class _Budget:
         self.pictures += 1
         if self.pictures > self.limits.pictures:
             raise ApiError(400, f"more than {self.limits.pictures} pictures in one request", name)
-        data = _decode(url, name, self.limits.picture_bytes)
-        width, height = _size(data, name)
+        data = _decode(url, name, self.limits.picture_bytes, _DATA_URL, _ONLY_DATA)
+        self.area(*_size(data, name), name)
+        try:
+            return open_picture(data)
+        except PunaError as error:
+            raise ApiError(400, str(error), name, "invalid_picture") from None
+
+    def video(self, url: str, frames: int, name: str) -> dict:
+        """A content part with the file's bytes. What a decoder could be made to do is bounded from its header on."""
+        if not self.sees:
+            raise ApiError(400, "this model reads text only; it cannot see videos", name)
+        self.pictures += frames
+        if self.pictures > self.limits.pictures:
+            raise ApiError(400, f"more than {self.limits.pictures} pictures and frames in one request", name)
+        data = _decode(url, f"{name}.url", self.limits.picture_bytes, _FILM, _ONLY_FILM)
+        try:
+            width, height, count = film_size(data)
+        except PunaError as error:
+            raise ApiError(400, str(error), f"{name}.url", "invalid_picture") from None
+        if count > self.limits.film_frames:
+            raise ApiError(400, f"a video may have at most {self.limits.film_frames} frames", f"{name}.url")
+        for _ in range(frames):
+            self.area(width, height, f"{name}.url")
+        return {"type": "video", "video": data, "frames": frames}
+
+    def area(self, width: int, height: int, name: str) -> None:
+        """Counts a picture's pixels. Raises ApiError 400 for too many."""
         if max(width, height) > self.limits.picture_side:
             raise ApiError(400, f"a picture's side may have at most {self.limits.picture_side} pixels", name)
         if width * height > self.limits.picture_pixels:
@@ -116,10 +147,6 @@ class _Budget:
         self.pixels += width * height
         if self.pixels > self.limits.total_pixels:
             raise ApiError(400, f"the pictures have more than {self.limits.total_pixels} pixels together", name)
-        try:
-            return open_picture(data)
-        except PunaError as error:
-            raise ApiError(400, str(error), name, "invalid_picture") from None
 
 
 def _message(message, name: str, budget: _Budget) -> dict:
@@ -136,7 +163,7 @@ def _message(message, name: str, budget: _Budget) -> dict:
         parts = [{"type": "text", "text": budget.text(content, name)}]
     else:
         parts = [_part(part, f"{name}[{i}]", budget) for i, part in enumerate(content or ())]
-    pictures = any(part["type"] == "image" for part in parts)
+    pictures = any(part["type"] != "text" for part in parts)
     if message.role == "user" and not pictures and not any(part["text"].strip() for part in parts):
         raise ApiError(400, f"{name} is empty", name)
     asked = {"tool_calls": calls} if calls else {}
@@ -146,13 +173,15 @@ def _message(message, name: str, budget: _Budget) -> dict:
 def _part(part, name: str, budget: _Budget) -> dict:
     if part.type == "text":
         return {"type": "text", "text": budget.text(part.text, f"{name}.text")}
+    if part.type == "video_url":
+        return budget.video(part.video_url.url, part.video_url.frames, f"{name}.video_url")
     return {"type": "image", "image": budget.picture(part.image_url.url, f"{name}.image_url.url")}
 
 
-def _decode(url: str, name: str, most: int) -> bytes:
-    match = _DATA_URL.match(url)
+def _decode(url: str, name: str, most: int, form: re.Pattern, otherwise: str) -> bytes:
+    match = form.match(url)
     if match is None:
-        raise ApiError(400, _ONLY_DATA, name, "invalid_picture")
+        raise ApiError(400, otherwise, name, "invalid_picture")
     text = url[match.end() :]
     if len(text) * 3 // 4 > most + 2:
         raise ApiError(400, f"a picture may have at most {most} bytes", name)

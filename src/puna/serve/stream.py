@@ -1,19 +1,9 @@
-"""Chat completions in OpenAI's shape, whole or as server-sent events, and what happens when the client leaves.
+"""What all kinds of answers share: reading the model's text, server-sent events, and what happens when a client leaves.
 
-    data: {"object":"chat.completion.chunk","choices":[{"delta":{"role":"assistant","content":""}}]}
-    data: {... "delta":{"content":"It is here: <box label=\\"cat\\">12,40,377,512</box>",
-                        "boxes":[{"label":"cat","x1":12,"y1":40,"x2":377,"y2":512}]}}
-    data: {... "delta":{},"finish_reason":"stop"}
-    data: {... "choices":[],"usage":{...}}              only with stream_options.include_usage
-    data: [DONE]
-
-Where the request offered `tools`, the answer is read for calls as it comes (`puna.processor.tools`). A call is sent
-whole, as one entry of `delta.tool_calls`, when its last character is there; text that may be the beginning of one
-waits; and an answer that ends with calls has the finish_reason "tool_calls".
-
-`boxes` is our one addition: each box of the answer, parsed and checked by the one parser
-(`puna.processor.grounding`), is sent as soon as its last character is there. The text keeps the box as well, so other
-clients lose nothing.
+Where a request offered `tools`, its answer is read for calls as it comes (`puna.processor.tools`): a call is given out
+whole when its last character is there, and text that may be the beginning of one waits. Each box of the answer, parsed
+and checked by the one parser (`puna.processor.grounding`), is given out as soon as its last character is there; the
+text keeps the box as well, so clients that know nothing of boxes lose nothing.
 """
 
 from __future__ import annotations
@@ -22,10 +12,8 @@ import asyncio
 import dataclasses
 import json
 import logging
-import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from starlette.responses import Response
 
@@ -36,122 +24,93 @@ from puna.serve import errors
 log = logging.getLogger("puna.serve")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A step of an answer: more text (may be empty), tokens made so far, and at the end the reason for it."""
-
-    text: str
-    tokens: int
-    finish_reason: str | None = None
+_END = "</box>"
 
 
-class BoxFinder:
-    """Boxes of a growing text, each given out once. Parses only when a `>` arrives, since every box ends with one."""
+class Reader:
+    """Makes of one answer's text, piece by piece: text, boxes, and calls of the functions named in `tools`."""
 
-    def __init__(self, most: int):
-        self.text, self.most, self.found = "", most, 0
+    def __init__(self, most_boxes: int, tools: Sequence[str] = ()):
+        """tools: none: all of the answer is text."""
+        self.tail, self.most, self.boxes, self.calls = "", most_boxes, 0, 0
+        self.parser = CallParser(tools) if tools else None
 
-    def push(self, piece: str) -> list[dict]:
-        """New boxes as JSON objects {"label", "x1", "y1", "x2", "y2"}."""
-        self.text += piece
-        if ">" not in piece:
-            return []
-        boxes = [dataclasses.asdict(box) for box in parse_boxes(self.text)[: self.most]]
-        new, self.found = boxes[self.found :], len(boxes)
+    def read(self, piece: str, last: bool) -> tuple[str, list[dict], list[dict]]:
+        """What is new and certain: (text, calls as {"id", "name", "arguments"}, boxes)."""
+        text, calls = piece, []
+        if self.parser is not None:
+            found = [*self.parser.push(piece), *(self.parser.flush() if last else ())]
+            text = "".join(part for part in found if isinstance(part, str))
+            calls = [
+                {
+                    "id": f"call_{uuid.uuid4().hex}", "name": call.name,
+                    "arguments": json.dumps(call.arguments, ensure_ascii=False),
+                }
+                for call in found if isinstance(call, Call)
+            ]  # fmt: skip
+        self.calls += len(calls)
+        return text, calls, self._new_boxes(text)
+
+    def _new_boxes(self, text: str) -> list[dict]:
+        self.tail += text
+        found = parse_boxes(self.tail) if _END in self.tail else []
+        rest = self.tail.rpartition(_END)[2]  # a box lies between two ends, so what is before the last one is done with
+        begin = rest.rfind("<box ")
+        self.tail = rest[begin:] if begin >= 0 else rest[-4:]
+        new = [dataclasses.asdict(box) for box in found[: self.most - self.boxes]]
+        self.boxes += len(new)
         return new
 
 
-def usage(prompt: int, completion: int) -> dict:
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+class Speller:
+    """Token ids as clients see them: text and bytes."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.special = tokenizer, frozenset(tokenizer.special.values())
+
+    def token(self, id: int) -> str:
+        return self.tokenizer.decode([id], special=True)
+
+    def entry(self, id: int, logprob: float) -> dict:
+        raw = None if id in self.special or id >= self.tokenizer.vocab_size else list(self.tokenizer.token_bytes(id))
+        return {"token": self.token(id), "logprob": logprob, "bytes": raw}
+
+    def choice(self, piece) -> dict:
+        """A piece's token in OpenAI's form, with the likeliest ones in its place."""
+        top = [self.entry(*each) for each in piece.top]
+        return {**self.entry(piece.token, piece.logprob), "top_logprobs": top}
 
 
-class Completion:
-    """The frame of one answer: its id, time and model, and the JSON objects made of its pieces."""
-
-    def __init__(
-        self, model: str, prompt_tokens: int, most_boxes: int, include_usage: bool = False,
-        tools: Sequence[str] = (),
-    ):  # fmt: skip
-        """tools: the names of the functions that may be called; none: all of the answer is text."""
-        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.prompt_tokens, self.include_usage = prompt_tokens, include_usage
-        self.boxes = BoxFinder(most_boxes)
-        self.parser = CallParser(tools) if tools else None
-        self.calls = 0
-
-    def whole(self, text: str, tokens: int, finish_reason: str) -> dict:
-        """The response of a request that does not stream."""
-        text, calls = self._read(text, True)
-        message = {"role": "assistant", "content": text, "refusal": None, "boxes": self.boxes.push(text)}
-        if calls:
-            message |= {"content": text or None, "tool_calls": calls}
-            finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        counts = usage(self.prompt_tokens, tokens)
-        return {**self.head, "object": "chat.completion", "choices": [choice], "usage": counts}
-
-    def _read(self, text: str, last: bool) -> tuple[str, list[dict]]:
-        """What of the answer so far is new and certain: (text, tool calls as JSON objects)."""
-        if self.parser is None:
-            return text, []
-        found = [*self.parser.push(text), *(self.parser.flush() if last else ())]
-        calls = [
-            {
-                "id": f"call_{uuid.uuid4().hex}", "type": "function",
-                "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
-            }
-            for call in found if isinstance(call, Call)
-        ]  # fmt: skip
-        self.calls += len(calls)
-        return "".join(piece for piece in found if isinstance(piece, str)), calls
-
-    def chunk(self, delta: dict, finish_reason: str | None = None) -> dict:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        chunk = {**self.head, "object": "chat.completion.chunk", "choices": [choice]}
-        return {**chunk, "usage": None} if self.include_usage else chunk
-
-    async def events(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
-        """The lines of a streamed response. A failure of the engine becomes an error event, then the end."""
-        try:
-            yield event(self.chunk({"role": "assistant", "content": ""}))
-            tokens = 0
-            async for piece in pieces:
-                tokens = piece.tokens
-                first = self.calls
-                text, calls = self._read(piece.text, bool(piece.finish_reason))
-                delta: dict = {"content": text} if text else {}
-                if boxes := self.boxes.push(text):
-                    delta["boxes"] = boxes
-                if calls:
-                    delta["tool_calls"] = [{"index": first + i, **call} for i, call in enumerate(calls)]
-                if delta:
-                    yield event(self.chunk(delta))
-                if piece.finish_reason:
-                    called = self.calls and piece.finish_reason == "stop"
-                    yield event(self.chunk({}, "tool_calls" if called else piece.finish_reason))
-            if self.include_usage:
-                yield event({**self.chunk({}), "choices": [], "usage": usage(self.prompt_tokens, tokens)})
-        except errors.ApiError as error:
-            yield event(errors.body(error.status, error.message, error.param, error.code))
-        except Exception:
-            log.exception("an answer failed")
-            yield event(errors.body(500, "the server failed on this answer; its log says why", code="internal_error"))
-        yield b"data: [DONE]\n\n"
+def event(data: dict, name: str | None = None) -> bytes:
+    """One server-sent event."""
+    head = b"" if name is None else f"event: {name}\n".encode()
+    return head + b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-def event(data: dict) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+async def guarded(events: AsyncIterator[bytes], failed: Callable[[errors.ApiError], bytes]) -> AsyncIterator[bytes]:
+    """`events`, and `failed(error)` as the last one if making them fails."""
+    try:
+        async for each in events:
+            yield each
+    except errors.ApiError as error:
+        yield failed(error)
+    except Exception:
+        log.exception("an answer failed")
+        yield failed(errors.ApiError(500, "the server failed on this answer; its log says why", code="internal_error"))
 
 
 class EventStream(Response):
-    """Sends events as they come, and stops making them the moment the client is gone, even before the first token."""
+    """Sends events as they come, and stops making them the moment the client is gone, even before the first token.
+
+    A client that reads slowly slows its own stream alone: nothing is sent until the last piece has left. One that does
+    not read for `seconds` is taken for gone."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], close):
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], object], seconds: float):
         """`close()` is called once at the end, however it comes: it must abort what makes the events."""
         super().__init__()
-        self.events, self.close = events, close
+        self.events, self.close, self.seconds = events, close, seconds
         del self.headers["content-length"]
 
     async def __call__(self, scope, receive, send):
@@ -168,10 +127,14 @@ class EventStream(Response):
             raise results[0]
 
     async def _pump(self, send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async def bounded(message: dict) -> None:
+            async with asyncio.timeout(self.seconds):  # TimeoutError is an OSError: the client is gone
+                await send(message)
+
+        await bounded({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for line in self.events:
-            await send({"type": "http.response.body", "body": line, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await bounded({"type": "http.response.body", "body": line, "more_body": True})
+        await bounded({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def gone(receive) -> None:
