@@ -57,7 +57,10 @@ def test_a_stream_joined_is_the_whole_answer(server, content):
     assert sum(bool(delta) for delta in deltas) > 5, "the answer came in one piece"
     reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
     assert reasons[-1] == "length" and not any(reasons[:-1])
-    assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+    first, again = whole.usage, chunks[-1].usage
+    assert not chunks[-1].choices and again.total_tokens == first.total_tokens == again.prompt_tokens + 40
+    cached = first.prompt_tokens_details.cached_tokens, again.prompt_tokens_details.cached_tokens
+    assert cached[0] <= cached[1] < again.prompt_tokens  # the second time the prompt's whole chunks were known
 
 
 def test_a_picture_is_seen_and_counted(server, tiny_processor):
