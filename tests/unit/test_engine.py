@@ -453,6 +453,29 @@ def test_generate_sees_a_video(model, tiny_processor, tmp_path, capsys):
     assert len(parts) == 6 and said(3) == expected + "\n" != said(2)
 
 
+def test_the_commands_build_the_engine_that_was_asked_for(model, tiny_processor, tmp_path, monkeypatch, capsys):
+    """Its settings by flags; the same greedy answer with all of them; what can't be combined is refused by name."""
+    path, built = str(tmp_path / "model"), []
+    save(model, tiny_processor, tmp_path / "model")
+    real = Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: (built.append(k), real(self, *a, **k))[1])
+    words = ["generate", path, "What is it?", "--max-tokens", "12"]
+    assert main(words) == 0
+    plain = capsys.readouterr().out
+    flags = ["--batch-invariant", "--cache-mb", "64", "--prefix-cache-mb", "0", "--speculate", "3", "--draft", path]
+    assert main([*words, *flags]) == 0
+    assert capsys.readouterr().out == plain
+    draft = built[-1].pop("draft")
+    assert draft.config == model.config and built == [
+        {}, {"batch_invariant": True, "cache_bytes": 2**26, "prefix_cache_bytes": 0, "speculate": 3}
+    ]  # fmt: skip
+    for refused, said in (
+        (["--draft", path], "give both"), (["--prefix-cache-mb", "-1"], "prefix_cache_bytes"),
+        (["--backend", "transformers", "--speculate", "2"], "--backend transformers has no speculate"),
+    ):  # fmt: skip
+        assert main([*words, *refused]) != 0 and said in capsys.readouterr().err
+
+
 # ---- memory: preemption, the prefix cache
 
 

@@ -128,15 +128,18 @@ def build_parser() -> Parser:
     _sampling(p)
     p.add_argument("--backend", choices=("puna", "transformers"), default="puna",
                    help="transformers: let it answer from an exported folder, as a check of ours")  # fmt: skip
+    _engine(p)
     p = command("chat", "talk:chat", "talk to a model in the terminal")
     _model(p)
     _sampling(p)
+    _engine(p)
     p = command("serve", "talk:serve", "serve an OpenAI-compatible API and the chat page")
     _model(p)
     p.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone")
     p.add_argument("--port", type=port, default=8000, help="default 8000; 0: any free one")
     p.add_argument("--open", action="store_true", help="open the page in a browser")
     _serving(p)
+    _engine(p)
 
     p = command("convert", "tools:convert", "write a model in another format")
     p.add_argument("source", metavar="SRC", help="a run, stage, checkpoint, Hugging Face or Meta folder")
@@ -211,6 +214,18 @@ def _serving(p: Parser) -> None:
     for row in table():
         text = f"{row.doc} (default {row.default}) [{row.variable}]"
         limits.add_argument(row.flag, type=count, metavar="N", help=text)
+
+
+def _engine(p: Parser) -> None:
+    add = p.add_argument_group("engine", "our engine's own settings (docs/serving.md)").add_argument
+    add("--batch-invariant", action="store_true", help="equal bits whatever else runs; several times slower")
+    add("--speculate", type=count, metavar="N",
+        help="guess N tokens at a time and check them at once, from the text itself, or by --draft")  # fmt: skip
+    add("--draft", metavar="MODEL", help="a small model with the same tokenizer that guesses")
+    add("--cache-mb", type=count, metavar="N", help="most memory for keys and values of global layers, MiB "
+        "(default: what all places can need); beyond it the youngest answers wait")  # fmt: skip
+    add("--prefix-cache-mb", type=int, metavar="N",
+        help="of these, kept for prompts that begin alike, MiB (default 128; 0: none)")  # fmt: skip
 
 
 def _build(p: Parser) -> None:

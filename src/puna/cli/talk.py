@@ -12,14 +12,37 @@ HELP = """/image PATH shows a picture, /video PATH frames of a video; /new begin
 Ctrl-C stops an answer"""
 
 
-def _engine(path: str):
-    from puna.convert import load
+def _engine(args):
     from puna.engine import Engine
+
+    model, processor = _loaded(args.model)
+    return Engine(model, processor, **engine_options(args))
+
+
+def _loaded(path: str):
+    from puna.convert import load
 
     model, processor = load(path)
     if processor is None:
         raise PunaError(f"{path} holds no tokenizer, so it can't read a prompt: put tokenizer.json there")
-    return Engine(model, processor)
+    return model, processor
+
+
+def engine_options(args) -> dict:
+    """What the command line says of the engine, as `Engine`'s keywords; the draft model is loaded."""
+    options: dict = {}
+    if args.batch_invariant:
+        options["batch_invariant"] = True
+    for name, given in (("cache_bytes", args.cache_mb), ("prefix_cache_bytes", args.prefix_cache_mb)):
+        if given is not None:
+            options[name] = given * 2**20
+    if args.speculate:
+        options["speculate"] = args.speculate
+    if args.draft is not None:
+        if not args.speculate:
+            raise PunaError("--draft guesses as many tokens as --speculate says: give both")
+        options["draft"], _ = _loaded(args.draft)
+    return options
 
 
 def _sampling(args) -> dict:
@@ -50,9 +73,11 @@ def generate(args) -> None:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     message = _message(prompt, [_shown(kind, path, args.frames) for kind, path in args.shown])
     if args.backend == "transformers":
+        if options := engine_options(args):
+            raise PunaError(f"--backend transformers has no {', '.join(options)}: these are our engine's settings")
         print(_by_transformers(args.model, [message], args))
         return
-    for piece in _engine(args.model).stream([message], **_sampling(args)):
+    for piece in _engine(args).stream([message], **_sampling(args)):
         print(piece, end="", flush=True)
     print()
 
@@ -98,7 +123,7 @@ def _by_transformers(path: str, messages: list[dict], args) -> str:
 
 def chat(args) -> None:
     """A conversation; what can't be done is said and the conversation goes on."""
-    engine = _engine(args.model)
+    engine = _engine(args)
     print(HELP)
     messages: list[dict] = []
     shown: list[dict] = []
@@ -153,7 +178,7 @@ def serve(args) -> None:
 
     serve(
         args.model, host=args.host, port=args.port, open_browser=args.open, name=args.name, engine=args.engine,
-        limits=Limits.read(limit_flags(args)), keys=api_keys(args.api_keys),
+        limits=Limits.read(limit_flags(args)), keys=api_keys(args.api_keys), options=engine_options(args),
     )  # fmt: skip
 
 

@@ -13,8 +13,9 @@ import socket
 import threading
 import time
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -37,12 +38,14 @@ def serve(
     limits: Limits | None = None,
     keys: Sequence[str] = (),
     engine: str = "puna",
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """Loads the model and answers until SIGINT or SIGTERM.
 
     host: 127.0.0.1 keeps it to this machine. port 0: any free one. keys: API keys, PUNA_API_KEY of the environment
     besides; every request must bring one of them (none at all: nobody needs one). engine: "puna", or "vllm" for an
-    export (serve/vllm.py). Raises PunaError if the model has no tokenizer, or the address is taken.
+    export (serve/vllm.py). options: further keywords of `puna.Engine`. Raises PunaError if the model has no tokenizer,
+    or the address is taken.
     """
     if (path := Path(model_path)).suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
         raise PunaError(
@@ -56,10 +59,13 @@ def serve(
     listener = listen(host, port)
     try:
         if engine == "vllm":
-            from puna.serve.vllm import load_vllm as load
+            from puna.serve.vllm import load_vllm
+
+            if options:
+                raise PunaError(f"--engine vllm has no {', '.join(options)}: these are our engine's settings")
+            thread, facts = load_vllm(model_path, limits)
         else:
-            load = load_puna
-        thread, facts = load(model_path, limits)
+            thread, facts = load_puna(model_path, limits, options)
         try:
             name = name or Path(model_path).resolve().name
             app = create_app(thread, name, **facts, limits=limits, loopback_only=gate.is_loopback(host), keys=keys)
@@ -70,7 +76,7 @@ def serve(
         listener.close()
 
 
-def load_puna(model_path: str | Path, limits: Limits):
+def load_puna(model_path: str | Path, limits: Limits, options: Mapping[str, Any] | None = None):
     """(engine thread, what create_app wants to know about the model)."""
     from puna.convert import load
     from puna.engine import Engine, EngineThread
@@ -79,7 +85,7 @@ def load_puna(model_path: str | Path, limits: Limits):
     if processor is None:
         raise PunaError(f"{model_path} holds no tokenizer, so it cannot chat; serve a stage's folder made by puna")
     counts = model.parameter_count()
-    engine = Engine(model, processor, max_batch=limits.running)
+    engine = Engine(model, processor, max_batch=limits.running, **(options or {}))
     facts = {
         "checkpoint_hash": fingerprint(model), "parameters": counts.total, "active_parameters": counts.active,
         "context": engine.max_context, "tokenizer": processor.tokenizer,
