@@ -36,6 +36,8 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, expert_T: Tensor, counts_E: Tensor):
         """Returns (x sorted by expert, rows of each expert that lives here, a context for `combine`)."""
+        if len(x_TD) == 1:  # a lone answer's next token: sorted as it is
+            return x_TD, counts_E, None
         order_T = torch.argsort(expert_T, stable=True)
         inverse_T = torch.empty_like(order_T)
         inverse_T[order_T] = torch.arange(order_T.numel(), device=order_T.device)
@@ -43,6 +45,8 @@ class LocalDispatcher:
 
     def combine(self, y_TD: Tensor, context) -> Tensor:
         """Rows back in the tokens' order."""
+        if context is None:
+            return y_TD
         order_T, inverse_T = context
         return ops.permute_rows(y_TD, inverse_T, order_T)
 

@@ -81,20 +81,24 @@ def _mm_slice(x_TD: Tensor, w_DF: Tensor, out_TF: Tensor, start: int, n: int) ->
         out_TF[own] = torch.mm(_padded(x_TD[own], rows), w_DF)[:n]
 
 
+def _products(x_TD: Tensor, w_EDF: Tensor, counts: list[int]) -> Tensor:
+    y_TF = x_TD.new_empty(x_TD.shape[0], w_EDF.shape[2])
+    start = 0
+    for e, n in enumerate(counts):
+        if n:
+            _mm_slice(x_TD, w_EDF[e].to(x_TD.dtype), y_TF, start, n)
+            start += n
+    return y_TF
+
+
 class _ExpertMM(torch.autograd.Function):
     """Plain `mm` per non-empty expert; see the module's docstring."""
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, w_EDF: Tensor, counts: list[int]) -> Tensor:
-        y_TF = x_TD.new_empty(x_TD.shape[0], w_EDF.shape[2])
-        start = 0
-        for e, n in enumerate(counts):
-            if n:
-                _mm_slice(x_TD, w_EDF[e].to(x_TD.dtype), y_TF, start, n)
-                start += n
         ctx.save_for_backward(x_TD, w_EDF)
         ctx.counts = counts
-        return y_TF
+        return _products(x_TD, w_EDF, counts)
 
     @staticmethod
     def backward(ctx, dy_TF: Tensor):
@@ -133,6 +137,8 @@ def expert_mm(x_TD: Tensor, w_EDF: Tensor | Weight, counts_E: Tensor) -> Tensor:
     counts = counts_E.tolist()
     if sum(counts) != x_TD.shape[0]:
         raise ValueError(f"expert counts sum to {sum(counts)}, but there are {x_TD.shape[0]} rows")
+    if not torch.is_grad_enabled():  # decoding: autograd's way round a few small products costs as much as they do
+        return _products(x_TD, w_EDF, counts)
     return _ExpertMM.apply(x_TD, w_EDF, counts)
 
 
