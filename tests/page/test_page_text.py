@@ -154,6 +154,19 @@ def test_long_blocks_are_whole(site):
                 assert all(f"word{i}" in html for i in range(1, 2001))
 
 
+def test_long_blocks_of_equal_parts_are_whole(site):
+    """Rows, items and lines that repeat, fed so that what is read next looks like what was read before."""
+    row = "|" + "cell|" * 40 + "\n"
+    texts = {"tr": "|" + "h|" * 40 + "\n|" + "-|" * 40 + "\n" + row * 300, "li": "- the same item\n" * 2000,
+             "x": "```\n" + "x x x x x x x x\n" * 3000}  # fmt: skip
+    page = site()
+    for name, text in texts.items():
+        for step in (len(row), 10 * len(row), len(text) // 8, 4000):
+            [html] = rendered(page, text, step=step)
+            counted = html.count("x x x x x x x x") if name == "x" else html.count(f"<{name}>")
+            assert counted == {"tr": 301, "li": 2000, "x": 3000}[name], (name, step)
+
+
 def test_code_is_copied_as_it_was_written(site):
     page = site(FakeEngine(lambda m: "```py\nx = '<b>'\n\n  y\n```"), permissions=["clipboard-read", "clipboard-write"])
     ask(page, "Code")

@@ -287,14 +287,14 @@ export class Flow {
       if (!token.raw.startsWith(raw)) return false;
       node.kept = (node.kept ?? 0) + token.items.length - 2;
       this.at += raw.length;
-      this.open = [{ ...token, items: token.items.slice(-2) }];
+      this.open = [{ ...token, raw: null, items: token.items.slice(-2) }]; // no raw: its nodes no longer hold all of it
     } else if (token.type === "table" && token.lines.length > 2) {
       const body = node.querySelector("tbody");
       const final = token.lines.slice(0, -2);
       body.kept = (body.kept ?? 0) + final.length;
       this.at += final.reduce((sum, row) => sum + row.raw.length, token.head.length - this.prefix.length);
       this.prefix = token.head;
-      this.open = [{ ...token, lines: token.lines.slice(-2) }];
+      this.open = [{ ...token, raw: null, lines: token.lines.slice(-2) }];
     } else if (token.type === "code" && /^ {0,3}(?:```|~~~)/.test(token.raw)) {
       const head = token.raw.slice(0, token.raw.indexOf("\n") + 1);
       const last = token.text.lastIndexOf("\n") + 1;
@@ -303,7 +303,7 @@ export class Flow {
       body.lastChild.replaceWith(make("span", "lines", token.text.slice(0, last)), token.text.slice(last));
       this.at += head.length + last - this.prefix.length;
       this.prefix = head;
-      this.open = [{ ...token, text: token.text.slice(last) }];
+      this.open = [{ ...token, raw: null, text: token.text.slice(last) }];
     }
     return false;
   }
