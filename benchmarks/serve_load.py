@@ -4,10 +4,10 @@
 
 The server is a process of its own, `puna serve` as a user starts it, with a small random model that sees unless --model
 names another. Every client asks again and again, each time something else: to warm up (a fifth of the time, at least
-20 s: caches, buffers and the allocator fill), then for 5 minutes (--quick: 30 seconds). What must hold: no 5xx; every
-bad request is its 4xx; afterwards no place, slot or page is taken; and the process's memory is within 2 % of what it
-was after the warm-up. Latencies are printed as p50 and p99, from the request to its first token (streams) and to its
-end. Goals: issue "The engine and the server".
+20 s: caches, the prefix cache's 2 MiB among them, buffers and the allocator fill), then for 5 minutes (--quick: 30
+seconds). What must hold: no 5xx; every bad request is its 4xx; afterwards no place, slot or page is taken; and the
+process's memory is within 2 % of what it was after the warm-up. Latencies are printed as p50 and p99, from the request
+to its first token (streams) and to its end. Goals: issue "The engine and the server".
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ async def numbers(http: httpx.AsyncClient) -> dict[str, float]:
 
 async def run(url: str, clients: int, warm_up: float, seconds: float) -> tuple[Load, dict]:
     """The load (errors of the warm-up among its own), and of the server: its numbers before and after it, when all is
-    quiet, and its memory at each tenth."""
+    quiet, and its memory at each tenth.
+"""
     load = Load()
     limits = httpx.Limits(max_connections=clients + 4)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
@@ -184,6 +185,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or str(small_model(Path(folder) / "model"))
         command = [sys.executable, "-m", "puna", "serve", model, "--port", "0", "--name", "load"]
+        command += ["--prefix-cache-mb", "2"]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
         try:
