@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import dataclass
 
+import openai
 from PIL import Image
 
 from puna.errors import PunaError
@@ -160,3 +161,13 @@ def refused(response, status, param=None, says=""):
         assert error["param"] == param, error
     assert says in error["message"], error
     return error
+
+
+@contextlib.contextmanager
+def official(engine, **options):
+    """The official client of a server around `engine`."""
+    with (
+        running(make_app(engine, **options)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client

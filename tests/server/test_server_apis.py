@@ -1,13 +1,11 @@
 """The further addresses: log-probabilities, n, completions, responses, tokenize, metrics, the OpenAPI document."""
 
-import contextlib
 import json
 import math
 import re
 
-import openai
 import pytest
-from server_fakes import PATH, FakeEngine, ask, data_url, make_app, refused, running
+from server_fakes import PATH, FakeEngine, ask, data_url, make_app, refused
 from starlette.testclient import TestClient
 
 from puna.engine import Engine
@@ -140,15 +138,6 @@ def test_token_ids_out_of_range(real, ids):
 
 
 # ---------------------------------------------------------------- responses
-@contextlib.contextmanager
-def official(engine, **options):
-    with (
-        running(make_app(engine, **options)) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
-        yield client
-
-
 def test_responses_through_the_official_client():
     engine = FakeEngine(lambda m: 'Here: <box label="cat">1,2,3,4</box>.')
     with official(engine) as client:

@@ -1,26 +1,16 @@
 """The API as its users meet it: through the official client, streamed and whole, with pictures and boxes."""
 
-import contextlib
 import json
 import threading
 import time
 
 import openai
 import pytest
-from server_fakes import PATH, FakeEngine, ask, data_url, make_app, running, show
+from server_fakes import PATH, FakeEngine, ask, data_url, show
 
 from puna.engine.constrain import Constraint
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
-
-
-@contextlib.contextmanager
-def official(engine, **options):
-    with (
-        running(make_app(engine, **options)) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
-        yield client
 
 
 def test_whole_answer():

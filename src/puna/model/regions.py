@@ -5,7 +5,7 @@ that is time lost. Such a run is marked as a *region*. On devices named in `comp
 backward, when it first runs (seconds); everywhere else it runs as it is written. Regions hold no products and no
 collectives, so they compose with any parallelism, recomputation and FP8, and with a user's own torch.compile.
 
-A CPU is not among them: compiling takes a minute there and gains little (docs/LOG.md). `train.compile on` asks for it.
+A CPU is not among them: compiling takes minutes there. `train.compile on` asks for it.
 """
 
 from __future__ import annotations
