@@ -5,7 +5,7 @@ import math
 import re
 
 import pytest
-from server_fakes import PATH, FakeEngine, ask, data_url, make_app, refused
+from server_fakes import PATH, FakeEngine, ask, data_url, make_app, official, refused
 from starlette.testclient import TestClient
 
 from puna.engine import Engine

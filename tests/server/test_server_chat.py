@@ -6,7 +6,7 @@ import time
 
 import openai
 import pytest
-from server_fakes import PATH, FakeEngine, ask, data_url, show
+from server_fakes import PATH, FakeEngine, ask, data_url, official, show
 
 from puna.engine.constrain import Constraint
 
