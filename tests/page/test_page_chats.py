@@ -132,6 +132,7 @@ def test_an_answer_goes_on_while_another_conversation_is_read(site):
     assert answer(page) == "quick" and page.locator(".writing").count() == 1
     wait(page, "!document.querySelector('.writing')")
     page.click("#list .open >> nth=1")
+    wait(page, "document.querySelector('.user .text').textContent === 'slow'")  # it is read from the browser's database
     done(page)
     assert answer(page) == ("slow words " * 8).strip()
 
