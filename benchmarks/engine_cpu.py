@@ -1,7 +1,7 @@
 """Answering on the CPU: our engine against transformers' `generate`, and against what reading the weights takes.
 
     python benchmarks/engine_cpu.py --out engine_cpu.json
-    python benchmarks/engine_cpu.py --quick --out engine_cpu.json    (one pair of each, the peer's type as ours: 2 minutes)
+    python benchmarks/engine_cpu.py --quick --out engine_cpu.json    (one pair of each, the type ours: 2 minutes)
 
 The design's text model of 59M parameters (benchmarks/train_cpu.py), random weights, equal on both sides: the two must
 give the same greedy tokens in float32 before anything is timed. Prompts are random ids, answers have a fixed length.
