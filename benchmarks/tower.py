@@ -31,10 +31,11 @@ import torch.nn.functional as F
 import puna
 from puna.eval.record import commit, device, plain, versions
 from puna.processor.grounding import iou
+from puna.stages.vision import classes
 from puna.tasks import Captions, Grounding, Naming, Scenes
 from puna.tasks.grounding import LESSONS
 from puna.tasks.looking import shown, tile_places
-from puna.tasks.pictures import EmojiPicture, by_id, scene_concepts
+from puna.tasks.pictures import EmojiPicture, scene_concepts
 from puna.train.terms import Names
 
 SEED = 20_000_000  # items of indices that no run trains on
@@ -45,12 +46,10 @@ class Tower:
 
     def __init__(self, folder: str):
         self.model, self.processor = puna.load(folder, dtype=torch.float32)
-        self.names = list(by_id())
-        tokens = [self.processor.tokenizer.encode(by_id()[name].names["en"]) for name in self.names]
-        self.term = Names(self.model, [token for each in tokens for token in each])
-        unit_VD = F.normalize(self.model.tok_embeddings.weight.detach(), dim=-1)
-        self.names_CD = F.normalize(torch.stack([unit_VD[each].mean(0) for each in tokens]), dim=-1)
-        self.in_scenes = [self.names.index(concept) for concept in scene_concepts()]
+        names, self.class_of = classes(self.processor)
+        self.term = Names(self.model, names)
+        self.names_CD = self.term.classes_CD[:-1]
+        self.in_scenes = [self.class_of[concept] for concept in scene_concepts()]
 
     @torch.no_grad()
     def features(self, picture) -> torch.Tensor:
@@ -60,7 +59,7 @@ class Tower:
     def naming(self, pictures) -> list[float]:
         """Whether each picture's nearest name is its own."""
         nearest = (int((self.names_CD @ self.features(picture).mean(0)).argmax()) for picture in pictures)
-        return [float(self.names[at] == picture.concept) for at, picture in zip(nearest, pictures, strict=True)]
+        return [float(at == self.class_of[picture.concept]) for at, picture in zip(nearest, pictures, strict=True)]
 
     def scenes(self, scenes, asked) -> dict[str, list[float]]:
         """cells, found, iou50 and edges of scenes, of each of which one thing is asked for: its index in `objects`."""
@@ -69,11 +68,11 @@ class Tower:
             spot, cells_T = scene.objects[index], shown(scene, self.processor.image)
             unit_TD = self.features(scene)
             nearest_T = (unit_TD @ self.names_CD[self.in_scenes].T).argmax(-1).tolist()
-            named = [self.names[self.in_scenes[at]] for at in nearest_T]
-            result["cells"] += [float(a == b.concept) for a, b in zip(named, cells_T, strict=True) if b.concept]
+            named = zip(nearest_T, cells_T, strict=True)
+            result["cells"] += [float(self.in_scenes[at] == self.class_of[b.concept]) for at, b in named if b.concept]
             boxes = self._boxes(scene, unit_TD)
             true = (spot.left, spot.top, spot.right, spot.bottom)
-            best = int((unit_TD @ self.names_CD[self.names.index(spot.concept)]).argmax())
+            best = int((unit_TD @ self.names_CD[self.class_of[spot.concept]]).argmax())
             result["found"].append(float(cells_T[best].concept == spot.concept))
             result["iou50"].append(float(iou(boxes[best], true) >= 0.5))
             on_it = [iou(box, true) for box, cell in zip(boxes, cells_T, strict=True) if cell.concept == spot.concept]
@@ -102,10 +101,11 @@ def measure(folder: str, items: int) -> list[dict]:
                      "goal": None, "met": None})  # fmt: skip
 
     tests = islice(Naming("en").items("test", 0), items)
-    add("naming/test", tower.naming([item.messages[0]["content"][0]["image"] for item in tests]), 1 / len(tower.names))
+    chance = 1 / len(tower.names_CD)
+    add("naming/test", tower.naming([item.messages[0]["content"][0]["image"] for item in tests]), chance)
     documents = (Captions({"en": 1.0}).document(index) for index in range(SEED, SEED + items))
     seen = [next(part for part in document if isinstance(part, EmojiPicture)) for document in documents]
-    add("naming/train", tower.naming(seen), 1 / len(tower.names))
+    add("naming/train", tower.naming(seen), chance)
     questions = list(Grounding(tests=items).items("test", 0))
     kinds = {"test": [item.messages[0]["content"][0]["image"] for item in questions]}
     asked = {"test": [

@@ -18,12 +18,12 @@ from puna.stages import TokenizerConfig, make_processor
 from puna.stages.common import fit_model
 from puna.stages.config import StageRun
 from puna.stages.pretrain import pretrain
-from puna.stages.vision import LookBatches, vision
-from puna.tasks.looking import Shown, shown
+from puna.stages.vision import LookBatches, classes, vision
+from puna.tasks.looking import NOTHING, Shown, shown
 from puna.tasks.pictures import EmojiPicture, Scene, by_id, scene_concepts, styles
 from puna.train import TrainConfig
 from puna.train.step import accumulate_gradients
-from puna.train.terms import Names
+from puna.train.terms import Names, iou
 
 IMAGE = ImageProcessor(64, 16, 4)
 EYE = VisionConfig(image_size=16, patch_size=4, width=16, layers=1, heads=2, mlp_width=32, adapter_width=16)
@@ -48,7 +48,7 @@ def by_pixels(scene: Scene, image: ImageProcessor) -> list[Shown]:
                 shares = [m[y : y + cell, x : x + cell].sum() / min(cell * cell, m.sum()) for m in masks]
                 best = int(np.argmax(shares))
                 if shares[best] < 0.25:
-                    found.append(Shown())
+                    found.append(Shown(NOTHING))
                     continue
                 ys, xs = masks[best][top : top + edge, left : left + edge].nonzero()
                 edges = (xs.min() / edge, ys.min() / edge, (xs.max() + 1) / edge, (ys.max() + 1) / edge)
@@ -72,50 +72,70 @@ def test_a_single_picture_shows_its_thing_everywhere():
     assert shown(EmojiPicture(concept, styles(concept)[0], 5), IMAGE) == [Shown(concept)] * 4
 
 
+WORDS = [(20,), (21, 22), (23,), (20, 24), (PATCH,)]  # of several tokens, and the last is nothing
+
+
 def looked(batch):
     """A random batch as the stage's batches are: patch tokens have a class and, every second one, edges."""
     patch = batch.tokens_BT == PATCH
     edges = torch.full((*patch.shape, 4), math.nan)
     where = patch.nonzero()[::2]
-    edges[where[:, 0], where[:, 1]] = torch.rand(len(where), 4, generator=torch.Generator().manual_seed(1))
-    targets = torch.where(patch, 20 + torch.arange(patch.shape[1]) % 5, 0)
+    low, high = torch.rand(2, len(where), 2, generator=torch.Generator().manual_seed(1)).sort(0).values
+    edges[where[:, 0], where[:, 1]] = torch.cat([low, high], 1)
+    targets = torch.where(patch, torch.arange(patch.shape[1]) % len(WORDS), 0)
     return dataclasses.replace(batch, targets_BT=targets, valid_BT=patch, extra={"edges": edges})
 
 
-def literal(model, batch, words) -> float:
+def literal(model, batch) -> float:
     """The loss of `Names`, token by token."""
     features = model.image_features(batch.tiles).flatten(0, 1).detach().double()
     table = model.tok_embeddings.weight.detach().double()
-    words, total = sorted(set(words)), 0.0
-    length = float(table.norm(dim=-1).mean())
-    directions = Names(model, words).directions_4D.double()
+    total, length = 0.0, float(table.norm(dim=-1).mean())
+    directions = Names(model, WORDS).directions_4D.double()
+    classes = [sum(table[word] / table[word].norm() for word in words) for words in WORDS]
     places = batch.valid_BT.nonzero().tolist()
     for f, (b, t) in zip(features, places, strict=True):
-        cosines = {w: float(f @ table[w] / f.norm() / table[w].norm()) for w in words}
+        cosines = [float(f @ each / f.norm() / each.norm()) for each in classes]
         target = int(batch.targets_BT[b, t])
-        total += math.log(sum(math.exp(c * 15) for c in cosines.values())) - 15 * cosines[target]
+        weight = 0.1 if target == len(WORDS) - 1 else 1.0
+        total += weight * (math.log(sum(math.exp(c * 15) for c in cosines)) - 15 * cosines[target])
         total += 0.1 * (float(f.norm()) / length - 1) ** 2
-        for k, edge in enumerate(batch.extra["edges"][b, t].tolist()):
-            if not math.isnan(edge):
-                total += 0.5 * abs(0.5 + 2 * float(f @ directions[k] / f.norm()) - edge)
+        true = batch.extra["edges"][b, t].tolist()
+        if not math.isnan(true[0]):
+            told = [0.5 + 2 * float(f @ direction / f.norm()) for direction in directions]
+            total += 1.5 * sum(abs(a - b) for a, b in zip(told, true, strict=True)) + 1.8 * (1 - overlap(told, true))
     return total
 
 
+def overlap(a, b) -> float:
+    """IoU of two boxes, by what they share."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(width, 0) * max(height, 0)
+    return shared / (sum(max(x[2] - x[0], 0) * max(x[3] - x[1], 0) for x in (a, b)) - shared)
+
+
 def test_the_loss_is_the_literal_one_whatever_the_slices():
-    model, batch, words = lively_model(), looked(random_batch()), range(18, 30)
+    model, batch = lively_model(), looked(random_batch())
     count = int(batch.valid_BT.sum())
-    expected = literal(model, batch, words)
+    expected = literal(model, batch)
     for slices in (1, 3, 1024):
-        total, metrics = accumulate_gradients(model, batch, Names(model, words), count, slices)
+        total, metrics = accumulate_gradients(model, batch, Names(model, WORDS), count, slices)
         assert float(total) == pytest.approx(expected, rel=1e-5)
         assert int(metrics["edges"]) == count // 2
+        assert int(metrics["something"]) == int((batch.targets_BT[batch.valid_BT] < len(WORDS) - 1).sum()) < count
     without = dataclasses.replace(batch, extra={"edges": torch.full_like(batch.extra["edges"], math.nan)})
-    assert float(accumulate_gradients(model, without, Names(model, words), count, 1024)[0]) < expected - 1e-3
+    assert float(accumulate_gradients(model, without, Names(model, WORDS), count, 1024)[0]) < expected - 1e-3
+
+
+def test_boxes_overlap():
+    box = torch.tensor([[0.0, 0.0, 0.5, 0.5]])
+    others = torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.25, 0.0, 0.75, 0.5], [0.6, 0.6, 0.9, 0.9], [0.4, 0.4, 0.1, 0.1]])
+    assert iou(others, box.expand(4, 4)).tolist() == pytest.approx([1, 1 / 3, 0, 0])
 
 
 def test_nothing_but_the_tower_gets_a_gradient():
     model, batch = lively_model(), looked(random_batch())
-    accumulate_gradients(model, batch, Names(model, range(18, 30)), 8, 1024)
+    accumulate_gradients(model, batch, Names(model, WORDS), 8, 1024)
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached == {name for name, _ in model.named_parameters() if name.startswith("vision.")}
 
@@ -169,8 +189,11 @@ def test_targets_are_names_at_patch_tokens_and_depend_on_the_step_alone(tmp_path
     patch = batch.tokens_BT == processor.tokenizer.patch
     assert batch.valid_BT.any() and not (batch.valid_BT & ~patch).any()
     assert torch.equal(batch.doc_ids_BT >= 0, patch)
-    names = {t for c in by_id().values() for t in processor.tokenizer.encode(c.names["en"])}
-    assert set(batch.targets_BT[batch.valid_BT].tolist()) <= names
+    names, class_of = classes(processor)
+    assert names[-1] == (processor.tokenizer.patch,) and len(set(names)) == len(names)
+    assert all(processor.tokenizer.decode(names[class_of[c]]) == by_id()[c].names["en"] for c in list(by_id())[:50])
+    shown_here = set(batch.targets_BT[batch.valid_BT].tolist())
+    assert len(names) - 1 in shown_here and len(shown_here) > 3, "nothing, and several things"
     known = batch.extra["edges"].isfinite().all(-1)
     assert known.any() and not (known & ~batch.valid_BT).any()
     batches.close()

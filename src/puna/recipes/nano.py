@@ -2,7 +2,7 @@
 
 The order of things is the recipe (docs/LOG.md has the numbers): first look, then read, count and talk.
 
-    vision     (the hour) the tower alone, pictures and names, several times as many a second as in the model
+    vision     (the hour) the tower alone, names and edges, several times as many pictures a second as in the model
     pretrain   pictures and their names, a little of everything else; small steps. The head learns at once, everything
                else is warmed up over half the stage, so that pictures are still told apart when they begin to pay
     midtrain   longer text and code, sums, hidden codes; the body at four times the rate
@@ -12,6 +12,7 @@ The order of things is the recipe (docs/LOG.md has the numbers): first look, the
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from puna.data import DataConfig, Phase
 from puna.model import preset
@@ -24,7 +25,9 @@ OTHERS = [lang for lang in LANGUAGES if lang != "en"]
 NEED = {lang: 0.8 for lang in OTHERS} | {"ar": 1.0, "es": 1.0, "id": 1.3, "hi": 1.4, "vi": 1.6, "de": 2.0, "th": 2.0}
 LOOK = dict(lr=4e-4, lr_embedding=1.0, lr_head=5.0, lr_vision=2.5, lr_adapter=0.5, lr_router=0.3, warmup_head=20)
 GROW = dict(lr=1.5e-3, lr_embedding=1.0, lr_head=1.3, lr_vision=0.67, lr_adapter=0.2, lr_router=0.7)
-
+# The hour's eyes: a whole scene on one tile, 16 tokens of 32 pixels. A tower that was trained apart goes on slowly.
+SIGHT = dict(image_size=128, layers=3)
+SLOW_TOWER = {"look": dict(lr_vision=0.5), "grow": dict(lr_vision=0.15, lr_adapter=0.15)}
 
 HEAP_MB = 1536  # of a step of 2,048 tokens
 
@@ -85,46 +88,47 @@ def _twelve() -> tuple[StageConfig | None, ...]:
 def _sixty() -> tuple[StageConfig | None, ...]:
     # An hour also learns to look codes up in long texts and to point. Look-ups come in lessons (tasks/recall.py): one
     # code among few in the first stage; many, then in texts, in the second, half of which is nothing else (mixed with
-    # all the rest they take several times as long). Pointing goes from one large thing and its place in words to boxes
-    # of six (tasks/grounding.py). Numbers: docs/LOG.md.
+    # all the rest they take several times as long). Pointing needs edges first, which the tower learns apart; places
+    # in words and boxes then come with every stage. Numbers: docs/LOG.md.
+    look, grow = LOOK | SLOW_TOWER["look"], GROW | SLOW_TOWER["grow"]
     options = OPTIONS | {
-        "captions": {"items": 60000, "languages": _english(0.85)},
-        "sft/naming": {"items": 30000, "languages": _english(0.6)},
+        "captions": {"items": 40000, "languages": _english(0.85)},
+        "scenes": {"items": 6000, "lessons": {"all": 1.0}, "words": 0.2},
+        "sft/naming": {"items": 20000, "languages": _english(0.6)},
         "sft/addition": {"items": 40000},
-        "sft/grounding": {"items": 12000, "turns": 6},
+        "sft/grounding": {"items": 6000, "turns": 6},
         "sft/recall": {"items": 4000, "most": 8},
         "sft/needle": {"items": 2000, "shortest": 0.3, "turns": 6, "every": 0.6},
     }
-    # The tower: many steps of few pictures, at a low rate (40,000 captions: 14 % of names at 1e-3, 28 % at 4e-4).
+    # The tower sees a whole scene on one tile (SIGHT), and learns names and edges apart, most of the time in scenes.
     vision = _stage(
-        256, 3, {"captions": 0.5, "scenes": 0.5},
-        {"captions": {"items": 60000, "languages": {"en": 1.0}}, "scenes": {"items": 20000, "words": 1.0}},
-        steps=9600, rows=1, warmup=100, decay=0.3, floor=0.02, checkpoint_every=3200, eval_every=3200, lr=4e-4,
+        512, 3, {"captions": 0.3, "scenes": 0.7},
+        {"captions": {"items": 60000, "languages": {"en": 1.0}},
+         "scenes": {"items": 160000, "lessons": {"all": 1.0}, "told": False}},
+        steps=8000, rows=1, warmup=100, decay=0.4, floor=0.02, checkpoint_every=2000, eval_every=2000, lr=8e-4,
         weight_decay=0.02,
     )  # fmt: skip
     pretrain = _stage(
-        512, 0, _mix(0.02, captions=0.74, sft_recall=0.14, text_en=0.06, code=0.02, sft_addition=0.02),
+        512, 0, _mix(0.03, captions=0.57, scenes=0.13, sft_recall=0.14, text_en=0.08, code=0.03, sft_addition=0.02),
         options | {"sft/recall": {"items": 4000, "most": 3}},
-        steps=1300, rows=2, warmup=300, decay=0.1, floor=0.3, checkpoint_every=400, eval_every=650, **LOOK,
+        steps=1200, rows=2, warmup=300, decay=0.1, floor=0.3, checkpoint_every=400, eval_every=600, **look,
     )  # fmt: skip
     midtrain = _stage(
         1024, 1, {"sft/recall": 1.0},
         options | {"captions": {"items": 16000, "languages": _english(0.85)},
-                   "scenes": {"items": 3000, "lessons": {"one": 1.0, "few": 1.0, "wide": 2.0}, "words": 0.5},
                    "sft/recall": {"items": 8000, "fewest": 2, "most": 8},
                    "sft/needle": {"items": 2200, "keys": [5, 10], "fewest": 2, "shortest": 0.3, "turns": 6,
                                   "every": 0.9}},
         then=(Phase(0.16, {"sft/recall": 0.35, "sft/needle": 0.65}),
-              Phase(0.60, {"sft/recall": 0.12, "sft/needle": 0.28, "long/en": 0.26, "long/code": 0.09,
-                           "sft/addition": 0.06, "captions": 0.16, "scenes": 0.03})),
-        steps=3900, rows=1, warmup=15, decay=0.1, floor=0.5, checkpoint_every=400, eval_every=1300, **GROW,
+              Phase(0.58, {"sft/recall": 0.11, "sft/needle": 0.27, "long/en": 0.22, "long/code": 0.08,
+                           "sft/addition": 0.06, "captions": 0.12, "scenes": 0.14})),
+        steps=3700, rows=1, warmup=15, decay=0.1, floor=0.5, checkpoint_every=400, eval_every=1300, **grow,
     )  # fmt: skip
     sft = _stage(
         1024, 2,
-        _mix(0.06, sft_naming=0.18, sft_addition=0.10, text_en=0.14, code=0.05, captions=0.10, scenes=0.06,
-             sft_grounding=0.08, sft_needle=0.13, sft_recall=0.04, sft_facts=0.02, sft_conversations=0.02),
-        options | {"scenes": {"items": 12000, "lessons": {"few": 1.0, "wide": 2.0, "all": 3.0}, "words": 0.2}},
-        steps=3200, rows=2, warmup=15, decay=0.4, floor=0.02, checkpoint_every=300, eval_every=1100, **GROW,
+        _mix(0.06, sft_naming=0.16, sft_addition=0.09, text_en=0.13, code=0.05, captions=0.08, scenes=0.10,
+             sft_grounding=0.16, sft_needle=0.11, sft_recall=0.03, sft_facts=0.02, sft_conversations=0.01),
+        options, steps=2700, rows=2, warmup=15, decay=0.4, floor=0.02, checkpoint_every=300, eval_every=1000, **grow,
     )  # fmt: skip
     return vision, pretrain, midtrain, sft
 
@@ -136,7 +140,10 @@ def _life(name: str, minutes: float | None) -> RunConfig:
     # The table next to `minutes` in proportion: 27 is as far from 12 as from 60.
     table = min(TABLES, key=lambda t: abs(math.log(max(minutes or 12.0, 1e-3) / t)))
     vision, *rest = TABLES[table]()
-    return RunConfig(name, preset(name), TokenizerConfig(), *rest, minutes=table, speed=SPEED, vision=vision)
+    model = preset(name)
+    if vision is not None:
+        model = replace(model, vision=replace(model.vision, **SIGHT))
+    return RunConfig(name, model, TokenizerConfig(), *rest, minutes=table, speed=SPEED, vision=vision)
 
 
 def nano_scout(minutes: float | None = None) -> RunConfig:

@@ -124,11 +124,12 @@ class Scenes:
     left", instead of boxes. Of a box's two dozen tokens only a few depend on the picture, and the others' noise hides
     them for ten thousands of pictures; two words are learnt sooner (docs/LOG.md), and boxes after them. The name comes
     first, as in a caption: what is asked for is known before its place is.
+    told: False leaves the lines out, for the vision tower's own stage, which looks at nothing but pictures.
     """
 
     name = "scenes"
 
-    def __init__(self, lessons: dict[str, float] | None = None, words: float = 0.0):
+    def __init__(self, lessons: dict[str, float] | None = None, words: float = 0.0, told: bool = True):
         self.lessons = dict.fromkeys(LESSONS, 1.0) if lessons is None else dict(lessons)
         for lesson, weight in self.lessons.items():
             if lesson not in LESSONS or not weight >= 0:
@@ -137,7 +138,7 @@ class Scenes:
                 )
         if not any(self.lessons.values()) or not 0 <= words <= 1:
             raise PunaError(f"scenes: needs a lesson of positive weight, and words in 0..1, not {words}")
-        self.words = words
+        self.words, self.told = words, told
 
     def document(self, index: int, seed: int = 0) -> list[str | PictureRef]:
         """Document `index`: a training scene, then a line for each thing, in random order."""
@@ -145,6 +146,8 @@ class Scenes:
         lesson = LESSONS[weighted(self.lessons, rand)]
         sizes = (lesson.fewest, lesson.most, lesson.smallest, lesson.largest)
         scene = Scene(rand.getrandbits(40), "train", lesson.side, *sizes)
+        if not self.told:
+            return [scene]  # not drawn yet
         objects = rand.sample(scene.objects, len(scene.objects))
         words = rand.random() < self.words
         return [scene, "\n".join((in_words if words else written)(spot, scene.side) for spot in objects)]

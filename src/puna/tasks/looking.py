@@ -14,10 +14,11 @@ from puna.processor.image import ImageProcessor
 from puna.tasks.pictures import EmojiPicture, PictureRef, Scene
 
 LEAST = 0.25
+NOTHING = ""
 
 
 class Shown(NamedTuple):
-    """What a token shows: a concept's id (None: nothing, or not known), and its edges in the tile if they are known."""
+    """What a token shows: a concept's id ("": nothing, None: unknown), and its edges in the tile if they are known."""
 
     concept: str | None = None
     edges: tuple[float, float, float, float] | None = None
@@ -48,7 +49,7 @@ def _of_tile(scene: Scene, top: float, left: float, edge: float, side: int) -> l
 
 
 def _of_cell(scene: Scene, top: float, left: float, edge: float, y: float, x: float, cell: float) -> Shown:
-    best, result = LEAST, Shown()
+    best, result = LEAST, Shown(NOTHING)
     for spot in scene.objects:
         x1, y1, x2, y2 = spot.left - left, spot.top - top, spot.right - left, spot.bottom - top
         width, height = min(x2, x + cell) - max(x1, x), min(y2, y + cell) - max(y1, y)

@@ -77,28 +77,30 @@ class NextToken:
 
 
 class Names:
-    """Which of some words does a picture's token show? The vision tower's loss where it learns apart.
+    """What does a picture's token show, and where is it? The vision tower's loss where it learns apart.
 
-    Sum over patch tokens of -ln softmax(cos(feature, embeddings) / temperature)[target], in nats: the names in captions
-    are the classes, without a text encoder ("SuperClass", arXiv 2411.03313), and the model's own embeddings, held
-    fixed, are the classifier, so that a feature comes to lie where the word for what it shows lies. Its length costs
-    too (0.1 (|feature| / |embedding| - 1)^2): features enter the residual stream as embeddings do.
+    Sum over patch tokens of -ln softmax(cos(feature, names) / temperature)[target], in nats: the names in captions are
+    the classes, without a text encoder ("SuperClass", arXiv 2411.03313), and the model's own embeddings, held fixed,
+    are the classifier (a name is the mean direction of its tokens), so that a feature comes to lie where the words for
+    what it shows lie. A token that shows nothing has the patch token's own embedding to be near, and weighs `nothing`
+    of one that shows something. A feature's length costs too (0.1 (|feature| / |embedding| - 1)^2): features enter the
+    residual stream as embeddings do.
 
-    Where the edges of the thing are known (extra "edges" [B, T, 4], shares of the tile's side, else NaN), the feature
-    has to tell them as well, along four fixed directions: 1/2 the sum of |1/2 + 2 cos(feature, direction) - edge|.
+    Where the edges of the thing are known (extra "edges" [B, T, 4]: left, top, right, bottom as shares of the tile's
+    side, else NaN), the feature has to tell them as well, along four fixed directions, 1/2 + 2 cos(feature, direction):
+    1.5 times the sum of the four errors, and 1.8 (1 - IoU), to which small things matter as much as large ones.
 
-    tokens: ids of the words there are; all others would only have to be told apart from them first.
+    names: each class's tokens; the last class is nothing. Targets are indices of it.
     """
 
     temperature = 1 / 15
+    nothing = 0.1
 
-    def __init__(self, model: Llama4, tokens: Sequence[int]):
+    def __init__(self, model: Llama4, names: Sequence[Sequence[int]]):
         weight_VD = model.tok_embeddings.weight.detach().float()
         self.length = float(weight_VD.norm(dim=-1).mean())
-        ids_C = torch.tensor(sorted(set(tokens)), device=weight_VD.device)
-        self.classes_CD = F.normalize(weight_VD[ids_C], dim=-1)
-        self.class_V = torch.full((len(weight_VD),), -1, device=ids_C.device)
-        self.class_V[ids_C] = torch.arange(len(ids_C), device=ids_C.device)
+        mean_CD = torch.stack([F.normalize(weight_VD[list(tokens)], dim=-1).sum(0) for tokens in names])
+        self.classes_CD = F.normalize(mean_CD, dim=-1)
         basis_DD = torch.linalg.qr(torch.randn(2 * [weight_VD.shape[1]], generator=torch.Generator().manual_seed(4)))[0]
         self.directions_4D = basis_DD[:4].to(weight_VD)
 
@@ -110,17 +112,31 @@ class Names:
         return fuse(empty_BTD, batch.tokens_BT, model.image_features(batch.tiles), model.config.patch_token)
 
     def __call__(self, hidden_nD: Tensor, head: Callable[[Tensor], Tensor], batch: dict[str, Tensor]):
-        targets_n, length_n = self.class_V[batch["targets"]], hidden_nD.norm(dim=-1)
+        targets_n, length_n = batch["targets"], hidden_nD.norm(dim=-1)
+        something_n = targets_n < len(self.classes_CD) - 1
         unit_nD = F.normalize(hidden_nD, dim=-1)
         logits_nC = unit_nD @ self.classes_CD.T / self.temperature
-        loss = cross_entropy(logits_nC, targets_n) + 0.1 * (length_n / self.length - 1).square().sum()
+        parts = [(logits_nC[something_n], targets_n[something_n], 1.0),
+                 (logits_nC[~something_n], targets_n[~something_n], self.nothing)]  # fmt: skip
+        loss = sum(weight * cross_entropy(logits, targets) for logits, targets, weight in parts)
+        loss = loss + 0.1 * (length_n / self.length - 1).square().sum()
         known_n = batch["edges"].isfinite().all(-1)
-        error_m4 = self.edges(unit_nD[known_n]) - batch["edges"][known_n]
-        loss = loss + 0.5 * error_m4.abs().sum()
+        edges_m4, true_m4 = self.edges(unit_nD[known_n]), batch["edges"][known_n]
+        error_m4, iou_m = edges_m4 - true_m4, iou(edges_m4, true_m4)
+        loss = loss + 1.5 * error_m4.abs().sum() + 1.8 * (1 - iou_m).sum()
         with torch.no_grad():
-            right = (logits_nC.argmax(-1) == targets_n).sum()
-        return loss, {"accuracy": right, "edges": known_n.sum(), "edge_error": error_m4.detach().abs().mean(1).sum()}
+            right = (logits_nC.argmax(-1) == targets_n)[something_n].sum()
+        sums = {"something": something_n.sum(), "named": right, "edges": known_n.sum(),
+                "edge_error": error_m4.detach().abs().mean(1).sum(), "iou": iou_m.detach().sum()}  # fmt: skip
+        return loss, sums
 
     def edges(self, unit_nD: Tensor) -> Tensor:
         """[n, 4]: the edges that features of length 1 tell, shares of the tile's side."""
         return 0.5 + 2 * unit_nD @ self.directions_4D.T
+
+
+def iou(a_n4: Tensor, b_n4: Tensor) -> Tensor:
+    """[n]: intersection over union of boxes (left, top, right, bottom); 0 where they share nothing. b has an area."""
+    shared_n = (torch.minimum(a_n4[:, 2:], b_n4[:, 2:]) - torch.maximum(a_n4[:, :2], b_n4[:, :2])).clamp(min=0).prod(1)
+    area_n, b_area_n = ((box[:, 2:] - box[:, :2]).clamp(min=0).prod(1) for box in (a_n4, b_n4))
+    return shared_n / (area_n + b_area_n - shared_n)
