@@ -467,8 +467,10 @@ def test_the_commands_build_the_engine_that_was_asked_for(model, tiny_processor,
     assert draft.config == model.config and built == [
         {}, {"batch_invariant": True, "cache_bytes": 2**26, "prefix_cache_bytes": 0, "speculate": 3}
     ]  # fmt: skip
+    assert main([*words, "--draft", path]) == 0 and capsys.readouterr().out == plain
+    assert list(built[-1]) == ["draft"], "how many it guesses is the engine's default"
     for refused, said in (
-        (["--draft", path], "give both"), (["--prefix-cache-mb", "-1"], "prefix_cache_bytes"),
+        (["--prefix-cache-mb", "-1"], "prefix_cache_bytes"),
         (["--backend", "transformers", "--speculate", "2"], "--backend transformers has no speculate"),
     ):  # fmt: skip
         assert main([*words, *refused]) != 0 and said in capsys.readouterr().err

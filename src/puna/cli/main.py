@@ -221,7 +221,8 @@ def _engine(p: Parser) -> None:
     add("--batch-invariant", action="store_true", help="equal bits whatever else runs; several times slower")
     add("--speculate", type=count, metavar="N",
         help="guess N tokens at a time and check them at once, from the text itself, or by --draft")  # fmt: skip
-    add("--draft", metavar="MODEL", help="a small model with the same tokenizer that guesses")
+    add("--draft", metavar="MODEL", help="a small model with the same tokenizer that guesses (4 tokens at a time, "
+        "where --speculate says nothing else)")  # fmt: skip
     add("--cache-mb", type=count, metavar="N", help="most memory for keys and values of global layers, MiB "
         "(default: what all places can need); beyond it the youngest answers wait")  # fmt: skip
     add("--prefix-cache-mb", type=int, metavar="N",

@@ -39,8 +39,6 @@ def engine_options(args) -> dict:
     if args.speculate:
         options["speculate"] = args.speculate
     if args.draft is not None:
-        if not args.speculate:
-            raise PunaError("--draft guesses as many tokens as --speculate says: give both")
         options["draft"], _ = _loaded(args.draft)
     return options
 
