@@ -5,8 +5,9 @@
 The design's text model of 59M parameters (benchmarks/train_cpu.py) with random weights, written by
 `puna.convert.export_hf`; vLLM (installed as docs/serving.md says, in an environment of its own) reads the folder and
 nothing else. 1, 8 and 32 prompts of 64 random ids at once, 128 tokens each, greedy, float32; the time of all tokens
-but the first counts, and how many answers are the same, token for token, is told. vLLM runs as it comes (it compiles) and with enforce_eager, whichever is faster. The two in turn,
-each in a process of its own; the ratio is vLLM's seconds over ours, the median of the rounds. Goal: at least 1.
+but the first counts, and how many answers are the same, token for token, is told. vLLM runs as it comes (it compiles)
+and with enforce_eager, whichever is faster. The two in turn, each in a process of its own; the ratio is vLLM's seconds
+over ours, the median of the rounds. Goal: at least 1.
 """
 
 from __future__ import annotations
