@@ -13,6 +13,7 @@ from puna import recipes
 from puna.data import DataConfig
 from puna.errors import PunaError
 from puna.model import VisionConfig
+from puna.optim.adamw import group_of
 from puna.processor.image import ImageProcessor
 from puna.stages import TokenizerConfig, make_processor
 from puna.stages.common import fit_model
@@ -175,6 +176,23 @@ def test_only_the_tower_learns_and_pretraining_begins_with_it(tmp_path, run_and_
     name = "vision.projector.weight"
     assert torch.allclose(start.state_dict()[name], model.state_dict()[name], atol=1e-6)
     assert not torch.allclose(start.state_dict()[name], before[name], atol=1e-4)
+
+
+def test_a_tower_whose_rates_are_zero_stays_as_it_is(tmp_path, run_and_processor):
+    run, processor = run_and_processor
+    from puna.model import Llama4
+
+    before = values(Llama4(run.model, seed=0))
+    text = dataclasses.replace(run.data, weights={"captions": 1.0}, options={"captions": {"items": 60}})
+    still = dataclasses.replace(run.train, steps=2, lr_vision=0.0, lr_sight=0.0, lr_adapter=0.0)
+    for train, everything in ((still, False), (dataclasses.replace(still, lr_sight=1.0), True)):
+        after = dataclasses.replace(run, stage="pretrain", data=text, train=train)
+        model = pretrain(after, tmp_path / str(everything), processor, quiet=True)
+        assert all(p.requires_grad for p in model.parameters()), "the next stage may learn all"
+        learnt = {name for name in changed(before, values(model)) if name.startswith("vision.")}
+        norms = {name for name in before if group_of(name, model.get_parameter(name)) == "sight"}
+        assert learnt == (norms if everything else set())
+        assert "layers.0.attention.wqkv.weight" in changed(before, values(model))
 
 
 def test_targets_are_names_at_patch_tokens_and_depend_on_the_step_alone(tmp_path, run_and_processor, monkeypatch):

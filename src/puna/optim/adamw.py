@@ -18,12 +18,15 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-GROUPS = ("matrix", "embedding", "head", "vector", "router", "vision", "adapter")
+GROUPS = ("matrix", "embedding", "head", "vector", "router", "vision", "sight", "adapter")
 DECAYING = ("matrix", "vision", "adapter")
 
 
 def group_of(name: str, parameter: torch.Tensor) -> str:
     """The group a parameter belongs to, by its plain name and rank."""
+    encoder = name.startswith("vision.") and not name.startswith(("vision.adapter.", "vision.projector."))
+    if encoder and (name.endswith(".bias") or "norm" in name or "al_embedding" in name or "class_embedding" in name):
+        return "sight"
     if name.endswith(".bias") or "norm" in name or parameter.dim() < 2:
         return "vector"
     if "embedding" in name and "patch" not in name:

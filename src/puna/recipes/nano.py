@@ -25,9 +25,11 @@ OTHERS = [lang for lang in LANGUAGES if lang != "en"]
 NEED = {lang: 0.8 for lang in OTHERS} | {"ar": 1.0, "es": 1.0, "id": 1.3, "hi": 1.4, "vi": 1.6, "de": 2.0, "th": 2.0}
 LOOK = dict(lr=4e-4, lr_embedding=1.0, lr_head=5.0, lr_vision=2.5, lr_adapter=0.5, lr_router=0.3, warmup_head=20)
 GROW = dict(lr=1.5e-3, lr_embedding=1.0, lr_head=1.3, lr_vision=0.67, lr_adapter=0.2, lr_router=0.7)
-# The hour's eyes: a whole scene on one tile, 16 tokens of 32 pixels. A tower that was trained apart goes on slowly.
+# The hour's eyes: a whole scene on one tile, 16 tokens of 32 pixels. Trained apart, the tower stays as it is until the
+# model has learnt to read it, and goes on slowly then: at pre-training's rates it forgot half of what it knew.
 SIGHT = dict(image_size=128, layers=3)
-SLOW_TOWER = {"look": dict(lr_vision=0.5), "grow": dict(lr_vision=0.15, lr_adapter=0.15)}
+STILL = dict(lr_vision=0.0, lr_sight=0.0, lr_adapter=0.0)
+SLOW = dict(lr_vision=0.1, lr_sight=0.1, lr_adapter=0.1)
 
 HEAP_MB = 1536  # of a step of 2,048 tokens
 
@@ -90,10 +92,9 @@ def _sixty() -> tuple[StageConfig | None, ...]:
     # code among few in the first stage; many, then in texts, in the second, half of which is nothing else (mixed with
     # all the rest they take several times as long). Pointing needs edges first, which the tower learns apart; places
     # in words and boxes then come with every stage. Numbers: docs/LOG.md.
-    look, grow = LOOK | SLOW_TOWER["look"], GROW | SLOW_TOWER["grow"]
     options = OPTIONS | {
         "captions": {"items": 40000, "languages": _english(0.85)},
-        "scenes": {"items": 6000, "lessons": {"all": 1.0}, "words": 0.2},
+        "scenes": {"items": 8000, "lessons": {"all": 1.0}, "words": 0.3},
         "sft/naming": {"items": 20000, "languages": _english(0.6)},
         "sft/addition": {"items": 40000},
         "sft/grounding": {"items": 6000, "turns": 6},
@@ -109,9 +110,10 @@ def _sixty() -> tuple[StageConfig | None, ...]:
         weight_decay=0.02,
     )  # fmt: skip
     pretrain = _stage(
-        512, 0, _mix(0.03, captions=0.57, scenes=0.13, sft_recall=0.14, text_en=0.08, code=0.03, sft_addition=0.02),
-        options | {"sft/recall": {"items": 4000, "most": 3}},
-        steps=1200, rows=2, warmup=300, decay=0.1, floor=0.3, checkpoint_every=400, eval_every=600, **look,
+        512, 0, _mix(0.03, captions=0.52, scenes=0.18, sft_recall=0.14, text_en=0.08, code=0.03, sft_addition=0.02),
+        options | {"sft/recall": {"items": 4000, "most": 3},
+                   "scenes": {"items": 9000, "lessons": {"all": 1.0}, "words": 0.8}},
+        steps=1200, rows=2, warmup=300, decay=0.1, floor=0.3, checkpoint_every=400, eval_every=600, **LOOK | STILL,
     )  # fmt: skip
     midtrain = _stage(
         1024, 1, {"sft/recall": 1.0},
@@ -122,13 +124,14 @@ def _sixty() -> tuple[StageConfig | None, ...]:
         then=(Phase(0.16, {"sft/recall": 0.35, "sft/needle": 0.65}),
               Phase(0.58, {"sft/recall": 0.11, "sft/needle": 0.27, "long/en": 0.22, "long/code": 0.08,
                            "sft/addition": 0.06, "captions": 0.12, "scenes": 0.14})),
-        steps=3700, rows=1, warmup=15, decay=0.1, floor=0.5, checkpoint_every=400, eval_every=1300, **grow,
+        steps=3700, rows=1, warmup=15, decay=0.1, floor=0.5, checkpoint_every=400, eval_every=1300, **GROW | STILL,
     )  # fmt: skip
     sft = _stage(
         1024, 2,
         _mix(0.06, sft_naming=0.16, sft_addition=0.09, text_en=0.13, code=0.05, captions=0.08, scenes=0.10,
              sft_grounding=0.16, sft_needle=0.11, sft_recall=0.03, sft_facts=0.02, sft_conversations=0.01),
-        options, steps=2700, rows=2, warmup=15, decay=0.4, floor=0.02, checkpoint_every=300, eval_every=1000, **grow,
+        options,
+        steps=2700, rows=2, warmup=15, decay=0.4, floor=0.02, checkpoint_every=300, eval_every=1000, **GROW | SLOW,
     )  # fmt: skip
     return vision, pretrain, midtrain, sft
 

@@ -149,13 +149,15 @@ def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Pat
             Evaluation("samples", run.train.eval_every, answers_evaluation(processor)),
         )
     record = to_dict(run) | {"model": config.to_dict(), "init": None if init is None else str(init)} | base
-    if only:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(only))
+    rates = run.train.multipliers
+    blind = not (only or rates["vision"] or rates["sight"] or rates["adapter"])  # the tower stays: no backward for it
+    for name, parameter in model.named_parameters():
+        if only or (blind and name.startswith("vision.")):
+            parameter.requires_grad_(bool(only) and name.startswith(only))
     job = Job(run.stage, folder / run.stage, model, processor, batches, run.train, record,
               term(model) if term else NextToken(), evaluations, quiet, track, mesh)  # fmt: skip
     model = train(job)
-    return model.requires_grad_() if only else model
+    return model.requires_grad_() if only or blind else model
 
 
 def is_finished(folder: Path, stage: str) -> bool:

@@ -25,7 +25,8 @@ class TrainConfig:
     lr_head: float = 1.0
     lr_vector: float = 1.0  # norms and biases
     lr_router: float = 1.0
-    lr_vision: float = 1.0  # the vision encoder
+    lr_vision: float = 1.0  # the vision encoder's matrices
+    lr_sight: float = 1.0  # its norms, biases and positions; with all three of vision 0 nothing is computed for them
     lr_adapter: float = 1.0  # the adapter and the projector behind it
     weight_decay: float = 0.1
     beta1: float = 0.9
