@@ -1,4 +1,4 @@
-"""What the tests share: one thread, and a real, tiny processor, trained here in a fraction of a second."""
+"""What the tests share: two processes of one thread, and a real, tiny processor, trained here in a fraction of a second."""
 
 import sys
 from pathlib import Path
@@ -23,6 +23,11 @@ SENTENCES = (
     "def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(i, add(i, 1234567))\n",
     "12 + 34 = 46\n99 + 1 = 100\nWhere is the cat? In the picture there is a red apple and a small house.",
 )
+
+
+def pytest_xdist_auto_num_workers(config):
+    """`-n auto`: two processes, but one for tests/dist, whose tests are up to four processes each."""
+    return 0 if any("dist" in Path(arg).parts for arg in config.args) else 2
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -112,6 +112,8 @@ LESSONS = {  # each harder than the one before; a tile is SIDE pixels
     "one": Lesson(SIDE, 1, 1, 0.4, 0.9),
     "smaller": Lesson(SIDE, 1, 1, 0.2, 0.8),
     "few": Lesson(SIDE, 2, 4, 0.2, 0.45),
+    "alone": Lesson(SCENE_SIDE, 1, 1, 0.1, 0.4),
+    "pair": Lesson(SCENE_SIDE, 2, 2, 0.15, 0.4),
     "wide": Lesson(SCENE_SIDE, 2, 6, 0.2, 0.4),
     "all": Lesson(SCENE_SIDE, 3, 6, 0.1, 0.4),
 }
