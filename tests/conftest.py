@@ -1,4 +1,4 @@
-"""What the tests share: two processes of one thread, and a real, tiny processor, trained here in a fraction of a second."""
+"""What the tests share: two processes of one thread, and a real, tiny processor, trained in a fraction of a second."""
 
 import sys
 from pathlib import Path
