@@ -139,7 +139,7 @@ def killed(folder, words, delay, after=lambda: True):
     try:
         process.communicate(timeout=delay)
     except subprocess.TimeoutExpired:
-        process.kill()  # it may be done in this very moment
+        process.send_signal(signal.SIGKILL)  # it may be done in this very moment
         process.communicate()
     assert process.returncode in (0, -signal.SIGKILL), "the command failed by itself"
     return process.returncode != 0
