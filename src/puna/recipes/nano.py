@@ -90,11 +90,11 @@ def _twelve() -> tuple[StageConfig | None, ...]:
 def _sixty() -> tuple[StageConfig | None, ...]:
     # An hour also learns to look codes up in long texts and to point. Look-ups come in lessons (tasks/recall.py): one
     # code among few in the first stage; many, then in texts, in the second, half of which is nothing else (mixed with
-    # all the rest they take several times as long). Pointing needs edges first, which the tower learns apart; places
-    # in words and boxes then come with every stage. Numbers: docs/LOG.md.
+    # all the rest they take several times as long). Pointing needs edges first, which the tower learns apart; then
+    # one thing's place in words, then which of two, then boxes of six. Numbers: docs/LOG.md.
     options = OPTIONS | {
         "captions": {"items": 40000, "languages": _english(0.85)},
-        "scenes": {"items": 8000, "lessons": {"all": 1.0}, "words": 0.3},
+        "scenes": {"items": 8000, "lessons": {"pair": 1.0, "wide": 1.0, "all": 2.0}, "words": 0.2},
         "sft/naming": {"items": 20000, "languages": _english(0.6)},
         "sft/addition": {"items": 40000},
         "sft/grounding": {"items": 6000, "turns": 6},
@@ -112,12 +112,13 @@ def _sixty() -> tuple[StageConfig | None, ...]:
     pretrain = _stage(
         512, 0, _mix(0.03, captions=0.52, scenes=0.18, sft_recall=0.14, text_en=0.08, code=0.03, sft_addition=0.02),
         options | {"sft/recall": {"items": 4000, "most": 3},
-                   "scenes": {"items": 9000, "lessons": {"all": 1.0}, "words": 0.8}},
+                   "scenes": {"items": 9000, "lessons": {"alone": 2.0, "pair": 1.0}, "words": 0.7}},
         steps=1200, rows=2, warmup=300, decay=0.1, floor=0.3, checkpoint_every=400, eval_every=600, **LOOK | STILL,
     )  # fmt: skip
     midtrain = _stage(
         1024, 1, {"sft/recall": 1.0},
         options | {"captions": {"items": 16000, "languages": _english(0.85)},
+                   "scenes": {"items": 8000, "lessons": {"alone": 1.0, "pair": 3.0, "wide": 2.0}, "words": 0.3},
                    "sft/recall": {"items": 8000, "fewest": 2, "most": 8},
                    "sft/needle": {"items": 2200, "keys": [5, 10], "fewest": 2, "shortest": 0.3, "turns": 6,
                                   "every": 0.9}},
