@@ -8,6 +8,7 @@ nothing else. 1, 8 and 32 prompts of 64 random ids at once, 128 tokens each, gre
 but the first counts, and how many answers are the same, token for token, is told. vLLM runs as it comes (it compiles)
 and with enforce_eager, whichever is faster. The two in turn, each in a process of its own; the ratio is vLLM's seconds
 over ours, the median of the rounds. Goal: at least 1.
+vLLM may take more threads than --threads says: look at the ratio of CPU seconds too, and take --threads 2 on two cores.
 """
 
 from __future__ import annotations
