@@ -255,11 +255,18 @@ def test_scenes_keep_to_their_lesson(lesson):
     assert max(lengths) - min(lengths) > 0.5 * (told.largest - told.smallest)
 
 
+def test_scenes_that_are_not_told_are_the_same_pictures():
+    told, bare = Scenes({"pair": 1.0}), Scenes({"pair": 1.0}, told=False)
+    for index in range(5):
+        assert bare.document(index) == told.document(index)[:1] and len(told.document(index)) == 2
+        assert len(bare.document(index)[0].objects) == 2
+
+
 def test_scenes_mix_their_lessons_by_weight():
     sides = [Scenes({"one": 3.0, "all": 1.0}).document(i)[0].side for i in range(200)]
     assert 0.65 < sides.count(pictures.SIDE) / 200 < 0.85
     for wrong in ({"lessons": {"hard": 1.0}}, {"lessons": {"one": -1.0}}):
-        with pytest.raises(PunaError, match="lessons are one, smaller, few, wide, all"):
+        with pytest.raises(PunaError, match="lessons are one, smaller, few, alone, pair, wide, all"):
             Scenes(**wrong)
     for wrong in ({"words": -1}, {"words": 1.1}, {"lessons": {"one": 0}}, {"lessons": {}}):
         with pytest.raises(PunaError, match="a lesson of positive weight, and words in 0..1"):
