@@ -54,13 +54,16 @@ export async function keep(chat) {
   heads.set(chat.id, chat);
   on.list();
   if (!keeps) return;
+  const before = Boolean(chat.unsaved);
   try {
     await store.save(chat);
     chat.unsaved = false;
+    if (before) on.list(); // its mark goes only now
     if (!chat.running) tabs?.postMessage(chat.id);
   } catch (error) {
     chat.unsaved = true;
     live.set(chat.id, chat);
+    if (!before) on.list();
     const why = error?.name === "QuotaExceededError" ? "The browser's storage is full" : "The browser could not store this";
     on.trouble(`${why}: this conversation is in this tab only. Export it, or delete others and go on.`);
     return;
