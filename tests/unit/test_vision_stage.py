@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from puna.model import VisionConfig
 from puna.optim.adamw import group_of
 from puna.processor.image import ImageProcessor
 from puna.stages import TokenizerConfig, make_processor
-from puna.stages.common import fit_model
+from puna.stages.common import fit_model, run_stage
 from puna.stages.config import StageRun
 from puna.stages.pretrain import pretrain
 from puna.stages.vision import LookBatches, classes, vision
@@ -193,6 +194,14 @@ def test_a_tower_whose_rates_are_zero_stays_as_it_is(tmp_path, run_and_processor
         norms = {name for name in before if group_of(name, model.get_parameter(name)) == "sight"}
         assert learnt == (norms if everything else set())
         assert "layers.0.attention.wqkv.weight" in changed(before, values(model))
+
+
+def test_a_still_tower_is_for_one_process(tmp_path, run_and_processor):
+    run, processor = run_and_processor
+    still = dataclasses.replace(run.train, lr_vision=0.0, lr_sight=0.0, lr_adapter=0.0)
+    several = SimpleNamespace(is_main=True, layout=None)
+    with pytest.raises(PunaError, match="lr_adapter of 0 .* leave torchrun out"):
+        run_stage(dataclasses.replace(run, stage="pretrain", train=still), tmp_path, processor, mesh=several, quiet=True)
 
 
 def test_targets_are_names_at_patch_tokens_and_depend_on_the_step_alone(tmp_path, run_and_processor, monkeypatch):

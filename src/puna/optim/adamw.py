@@ -24,12 +24,11 @@ DECAYING = ("matrix", "vision", "adapter")
 
 def group_of(name: str, parameter: torch.Tensor) -> str:
     """The group a parameter belongs to, by its plain name and rank."""
-    encoder = name.startswith("vision.") and not name.startswith(("vision.adapter.", "vision.projector."))
-    if encoder and (name.endswith(".bias") or "norm" in name or "al_embedding" in name or "class_embedding" in name):
-        return "sight"
+    if name.startswith("vision.") and not name.startswith(("vision.adapter.", "vision.projector.")):
+        return "vision" if parameter.dim() == 2 and "positional" not in name else "sight"
     if name.endswith(".bias") or "norm" in name or parameter.dim() < 2:
         return "vector"
-    if "embedding" in name and "patch" not in name:
+    if "embedding" in name:
         return "embedding"
     if name == "output.weight":
         return "head"
@@ -37,7 +36,7 @@ def group_of(name: str, parameter: torch.Tensor) -> str:
         return "router"
     if name.startswith(("vision.adapter.", "vision.projector.")):
         return "adapter"
-    return "vision" if name.startswith("vision.") else "matrix"
+    return "matrix"
 
 
 def build_adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float,

@@ -115,7 +115,14 @@ def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Pat
         raise PunaError("lora.rank: an adapter needs a trained model beside it: give --init MODEL")
     config = fit_model(run.model, processor) if init is None else open_model(init)[0].config
     display = Display(run.stage, 1, quiet=quiet or (mesh is not None and not mesh.is_main))
+    rates = run.train.multipliers
+    still = config.vision is not None and not (rates["vision"] or rates["sight"] or rates["adapter"])
     if mesh is not None:
+        if still:
+            raise PunaError(
+                "train.lr_vision, lr_sight and lr_adapter of 0 leave the tower out of the backward pass, which one "
+                "process does: leave torchrun out, or give one of them a small rate"
+            )
         if only or term:
             raise PunaError(f"the stage `{run.stage}` is trained by one process: leave torchrun out")
         if run.lora.rank:
@@ -149,15 +156,18 @@ def run_stage(run: StageRun, folder: Path, processor: Processor, init: str | Pat
             Evaluation("samples", run.train.eval_every, answers_evaluation(processor)),
         )
     record = to_dict(run) | {"model": config.to_dict(), "init": None if init is None else str(init)} | base
-    rates = run.train.multipliers
-    blind = not (only or rates["vision"] or rates["sight"] or rates["adapter"])  # the tower stays: no backward for it
-    for name, parameter in model.named_parameters():
-        if only or (blind and name.startswith("vision.")):
-            parameter.requires_grad_(bool(only) and name.startswith(only))
+    frozen = [
+        parameter for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (not name.startswith(only) if only else still and name.startswith("vision."))
+    ]  # fmt: skip
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     job = Job(run.stage, folder / run.stage, model, processor, batches, run.train, record,
               term(model) if term else NextToken(), evaluations, quiet, track, mesh)  # fmt: skip
     model = train(job)
-    return model.requires_grad_() if only or blind else model
+    for parameter in frozen:
+        parameter.requires_grad_()
+    return model
 
 
 def is_finished(folder: Path, stage: str) -> bool:
