@@ -199,9 +199,9 @@ def test_a_tower_whose_rates_are_zero_stays_as_it_is(tmp_path, run_and_processor
 def test_a_still_tower_is_for_one_process(tmp_path, run_and_processor):
     run, processor = run_and_processor
     still = dataclasses.replace(run.train, lr_vision=0.0, lr_sight=0.0, lr_adapter=0.0)
-    several = SimpleNamespace(is_main=True, layout=None)
+    run = dataclasses.replace(run, stage="pretrain", train=still)
     with pytest.raises(PunaError, match="lr_adapter of 0 .* leave torchrun out"):
-        run_stage(dataclasses.replace(run, stage="pretrain", train=still), tmp_path, processor, mesh=several, quiet=True)
+        run_stage(run, tmp_path, processor, mesh=SimpleNamespace(is_main=True), quiet=True)
 
 
 def test_targets_are_names_at_patch_tokens_and_depend_on_the_step_alone(tmp_path, run_and_processor, monkeypatch):
