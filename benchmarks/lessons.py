@@ -9,7 +9,7 @@ moves first is the cross-entropy of the one token that depends on the skill, giv
     needle/L/first, /rest   the same in L tokens of held-out text, 5 to 8 codes                     2.30
     recall/K/all, needle/L/all   share of codes whose five digits are all the most likely          0
     caption/name            first token of the name behind a picture                                ln(names) ~ 5
-    scenes/LESSON/name      first token of a thing's name in a scene; not known which comes first   ln(names) ~ 5
+    scenes/LESSON/name      first token of a thing's name in a scene; not known which, and not taught   ln(names) ~ 5
     scenes/LESSON/row, /column   the words of its place, the name given                             ln 3 = 1.10
     scenes/LESSON/x1 ...    first digits of its box, the name and the edges before it given         ~ 2.2
 
@@ -31,7 +31,6 @@ import torch.nn.functional as F
 import puna
 from puna.data.sources import make_task
 from puna.eval.record import commit, device, plain, versions
-from puna.processor.grounding import format_box
 from puna.tasks import Captions, Scenes
 from puna.tasks.grounding import LESSONS, in_words, written
 from puna.tasks.pictures import by_id
@@ -88,18 +87,16 @@ class Probe:
             scene = source.document(index)[0]
             spot = scene.objects[index % len(scene.objects)]
             name = by_id()[spot.concept].names["en"]
-            for text in (in_words(spot, scene.side), written(spot, scene.side)):
-                _, nats, _ = self.costs(self.processor.encode_document([scene, text]))
+            for line in (in_words, written):
+                head, text = line(spot, scene.side)
+                _, nats, _ = self.costs(self.processor.encode_document([scene, head + text]))
                 nats = nats[:-1]  # without end_of_text
-                if text.startswith(name):
-                    before = self._count(scene, f"{name}:")
-                    words = text.removeprefix(f"{name}:").split()
+                if line is in_words:
                     result["name"].append(float(nats[self._count(scene, "")]))
-                    result["row"].append(float(nats[before]))
-                    result["column"].append(float(nats[self._count(scene, f"{name}: {words[0]}")]))
+                    result["row"].append(float(nats[self._count(scene, name)]))
+                    result["column"].append(float(nats[self._count(scene, f"{name} {text.split()[0]}")]))
                     continue
                 edges = spot.box(scene.side)
-                head = format_box(name, edges).split(">")[0] + ">"
                 for i, edge in enumerate(("x1", "y1", "x2", "y2")):
                     shown = head + "".join(f"{value}," for value in edges[:i])
                     result[edge].append(float(nats[self._count(scene, shown)]))

@@ -12,7 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 
 from puna.errors import PunaError
-from puna.processor import CHAT_TEMPLATE, Encoded, ImageProcessor, Processor
+from puna.processor import CHAT_TEMPLATE, Encoded, Given, ImageProcessor, Processor
 from puna.processor.special import COMPACT
 
 TEXT = st.one_of(st.text(min_size=1, max_size=10), st.sampled_from(COMPACT)).filter(str.strip)
@@ -139,6 +139,14 @@ def test_documents_learn_text_and_the_end_only(tiny_processor):
     assert learned == "a cat and a dog<|end_of_text|>"
     assert encoded.tokens[0] == tiny_processor.tokenizer.bos and not encoded.loss[0]
     assert len(encoded.pictures) == 1
+
+
+def test_given_text_is_read_and_not_learnt(tiny_processor):
+    given = tiny_processor.encode_document([Drawn((16, 16)), Given("a cat "), "and a dog"])
+    plain = tiny_processor.encode_document([Drawn((16, 16)), "a cat ", "and a dog"])
+    assert given.tokens.tolist() == plain.tokens.tolist()
+    learned = tiny_processor.tokenizer.decode(given.tokens[given.loss], special=True)
+    assert learned == "and a dog<|end_of_text|>"
 
 
 def test_many_documents_equal_each_alone(tiny_processor):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from training_helpers import CONFIG, changed, random_batch, values
 
+from puna.errors import PunaError
 from puna.model import Llama4, ModelConfig, VisionConfig
 from puna.model.init import initial_value, std_of
 
@@ -84,7 +85,16 @@ def test_branch_ends_shrink_with_depth_beyond_four_layers(layers):
     for name, shape in (("layers.0.attention.wo.weight", (128, 192)), ("layers.0.moe.experts.w2", (8, 160, 128))):
         plain = shape[1] ** -0.5
         assert std_of(name, shape, config) == pytest.approx(plain * min(1, math.sqrt(4 / layers)))
+        slow = dataclasses.replace(config, ffn_init=0.1)
+        share = 0.1 if "experts" in name else 1.0
+        assert std_of(name, shape, slow) == pytest.approx(share * std_of(name, shape, config))
     assert std_of("layers.0.attention.wqkv.weight", (384, 128), config) == 128**-0.5
+
+
+@pytest.mark.parametrize("share", [-0.1, math.nan, math.inf])
+def test_an_impossible_share_is_named(share):
+    with pytest.raises(PunaError, match="ffn_init"):
+        dataclasses.replace(WIDE, ffn_init=share)
 
 
 def test_the_residual_stays_as_in_four_layers():

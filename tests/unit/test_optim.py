@@ -26,13 +26,13 @@ EXPECTED = {
     "layers.0.ffn_norm.weight": "vector",
     "layers.0.attention.wqkv.weight": "matrix",
     "layers.0.attention.wo.weight": "matrix",
-    "layers.0.feed_forward.w13.weight": "matrix",
-    "layers.0.feed_forward.w2.weight": "matrix",
+    "layers.0.feed_forward.w13.weight": "ffn",
+    "layers.0.feed_forward.w2.weight": "ffn",
     "layers.1.moe.router.weight": "router",
-    "layers.1.moe.experts.w13": "matrix",
-    "layers.1.moe.experts.w2": "matrix",
-    "layers.1.moe.shared.w13.weight": "matrix",
-    "layers.1.moe.shared.w2.weight": "matrix",
+    "layers.1.moe.experts.w13": "ffn",
+    "layers.1.moe.experts.w2": "ffn",
+    "layers.1.moe.shared.w13.weight": "ffn",
+    "layers.1.moe.shared.w2.weight": "ffn",
     "vision.patch_embedding.weight": "vision",
     "vision.class_embedding": "sight",
     "vision.positional_embedding": "sight",
@@ -92,7 +92,7 @@ def test_attention_norms_and_frozen_parameters():
     plain = Llama4(dataclasses.replace(CONFIG, tie_embeddings=True, vision=None))
     plain.tok_embeddings.weight.requires_grad_(False)
     groups = members(optimizer(plain), plain)
-    assert set(groups) == {"matrix", "vector", "router"}, "a frozen or missing parameter has a group"
+    assert set(groups) == {"matrix", "ffn", "vector", "router"}, "a frozen or missing parameter has a group"
     assert group_of("layers.0.attention_norm.weight", torch.zeros(3, 3)) == "vector"  # by name, whatever its rank
 
 
@@ -140,12 +140,12 @@ def test_weight_decay_shrinks_matrices_and_nothing_else():
     after = values(model)
     moved = changed(before, after)
     groups = members(made, model)
-    decaying = {name for group in ("matrix", "vision", "adapter") for name in groups[group]}
+    decaying = {name for group in ("matrix", "ffn", "vision", "adapter") for name in groups[group]}
     assert moved == decaying
     for name in decaying:
         torch.testing.assert_close(after[name], before[name] * (1 - 1e-2 * 0.1))
     assert {g["name"]: g["weight_decay"] for g in made.param_groups} == {
-        group: 0.1 if group in ("matrix", "vision", "adapter") else 0.0 for group in GROUPS
+        group: 0.1 if group in ("matrix", "ffn", "vision", "adapter") else 0.0 for group in GROUPS
     }
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from puna import nursery
 from puna.errors import PunaError
+from puna.processor import Given
 from puna.processor.grounding import format_box, iou, parse_boxes
 from puna.tasks import (
     TASKS,
@@ -231,11 +232,13 @@ def test_training_scenes_are_asked_about_several_objects():
 def test_scenes_are_read_out_whole():
     source, orders = Scenes(), []
     for index in range(30):
-        scene, text = source.document(index, seed=1)
-        lines = text.split("\n")
-        assert sorted(lines) == sorted(grounding.written(spot, scene.side) for spot in scene.objects)
+        scene, *parts = source.document(index, seed=1)
+        assert [isinstance(part, Given) for part in parts] == [True, False] * len(scene.objects)
+        lines = "".join(parts).split("\n")
+        boxes = ["".join(grounding.written(spot, scene.side)) for spot in scene.objects]
+        assert sorted(lines) == sorted(boxes)
         assert scene.split == "train"
-        orders.append([grounding.written(spot, scene.side) for spot in scene.objects] == lines)
+        orders.append(boxes == lines)
     assert not all(orders), "the order of painting would give boxes away"
     assert source.document(3, seed=1) == source.document(3, seed=1) != source.document(3, seed=2)
 
@@ -258,7 +261,7 @@ def test_scenes_keep_to_their_lesson(lesson):
 def test_scenes_that_are_not_told_are_the_same_pictures():
     told, bare = Scenes({"pair": 1.0}), Scenes({"pair": 1.0}, told=False)
     for index in range(5):
-        assert bare.document(index) == told.document(index)[:1] and len(told.document(index)) == 2
+        assert bare.document(index) == told.document(index)[:1] and len(told.document(index)) == 5
         assert len(bare.document(index)[0].objects) == 2
 
 

@@ -12,6 +12,7 @@ Three rules generate the layer pattern (llama4-facts.md §1.1, 0-based layer i):
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,7 @@ class ModelConfig:
     max_context: int = 262144
     patch_token: int | None = None  # id of <|patch|>, set from the processor
     vision: VisionConfig | None = None
+    ffn_init: float = 1.0  # initial feed-forward outputs, as a share of what `init.py` gives them otherwise
 
     def __post_init__(self):
         fill = object.__setattr__  # frozen: derived layer lists are filled in once, here
@@ -129,6 +131,8 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "chunk", "floor_scale"):
             if getattr(self, name) < 1:
                 raise PunaError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.ffn_init < math.inf:
+            raise PunaError(f"ffn_init must be 0 or more, got {self.ffn_init}")
         if self.n_heads % self.n_kv_heads:
             raise PunaError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:

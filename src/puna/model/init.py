@@ -6,7 +6,8 @@ expert of a batched one) draws from a generator keyed by its own name.
     embedding              N(0, 0.2^2): small, so that a few layers can rewrite a token (RMSNorm makes it 1 for them)
     matrices               N(0, 1/fan_in), truncated at 3 sigma
     wo, w2 (branch ends)   the same, times sqrt(4 / layers) beyond 4 layers, so that the residual's variance stays what
-                           it is in four layers; in the vision tower, divided by sqrt(2 * layers)
+                           it is in four layers; in the vision tower, divided by sqrt(2 * layers). w2 also times
+                           `ffn_init`: below 1, attention finds things before the experts have changed them
     router                 N(0, 1/fan_in) / 2: sigmoid scores near 1/2, experts chosen evenly
     head                   0: the first loss is ln(vocabulary), and no gradient reaches the body before the head has
                            learnt something to ask it for (arXiv 2203.03466, Appendix D.2)
@@ -47,7 +48,8 @@ def std_of(name: str, shape: tuple[int, ...], config: ModelConfig) -> float | No
     if name.endswith(("attention.wo.weight", "w2.weight", "experts.w2", "mlp.fc2.weight")):
         if name.startswith("vision."):
             return std / math.sqrt(2 * config.vision.layers)
-        return std * math.sqrt(min(1.0, 4 / config.n_layers))
+        scale = config.ffn_init if name.endswith("w2.weight") or name.endswith("experts.w2") else 1.0
+        return scale * std * math.sqrt(min(1.0, 4 / config.n_layers))
     if name.endswith("router.weight"):
         return std / 2
     return std

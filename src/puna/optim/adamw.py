@@ -8,7 +8,8 @@ own multiplier times the schedule, so one number is tuned:
 Adam moves every entry by about its learning rate a step, whatever the gradient's size, so a group's rate decides how
 soon it learns against the others. The head may run ahead (it learns how often each token occurs), the adapter must
 not: pushed early, all pictures become one constant vector, and what tells them apart is lost before it was worth
-anything to the loss (docs/LOG.md).
+anything to the loss (docs/LOG.md). Nor may the feed-forward matrices, where attention has to find something first:
+while they change, so does all that it looks for.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-GROUPS = ("matrix", "embedding", "head", "vector", "router", "vision", "sight", "adapter")
-DECAYING = ("matrix", "vision", "adapter")
+GROUPS = ("matrix", "ffn", "embedding", "head", "vector", "router", "vision", "sight", "adapter")
+DECAYING = ("matrix", "ffn", "vision", "adapter")
 
 
 def group_of(name: str, parameter: torch.Tensor) -> str:
@@ -36,6 +37,8 @@ def group_of(name: str, parameter: torch.Tensor) -> str:
         return "router"
     if name.startswith(("vision.adapter.", "vision.projector.")):
         return "adapter"
+    if ".moe." in name or ".feed_forward." in name:
+        return "ffn"
     return "matrix"
 
 

@@ -149,7 +149,7 @@ def build_muon(model: nn.Module, lr: float, weight_decay: float, betas: tuple[fl
         if not parameter.requires_grad:
             continue
         group = group_of(name, parameter)
-        hidden = group in ("matrix", "vision") and "patch_embedding" not in name
+        hidden = group in ("matrix", "ffn", "vision") and "patch_embedding" not in name
         part = getattr(model, "parts", {}).get(name)  # of a parallel model: what this process has of the whole
         if hidden and part is not None and part.shape[-2:] != tuple(parameter.shape[-2:]):
             raise PunaError("train.optimizer muon needs whole matrices, parallel.tp cuts them: use adamw")

@@ -18,14 +18,14 @@ import torch
 from PIL import Image
 
 from puna.errors import PunaError
-from puna.processor.chat import CHAT_TEMPLATE, Encoded, Segment, is_picture, layout, render
+from puna.processor.chat import CHAT_TEMPLATE, Encoded, Given, Segment, is_picture, layout, render
 from puna.processor.files import read_text, write_atomic
 from puna.processor.grounding import Box, format_box, iou, parse_boxes, to_normalised, to_pixels
 from puna.processor.image import Canvas, ImageProcessor, open_picture, to_rgb
 from puna.processor.tokenizer import StreamDecoder, Tokenizer
 
 __all__ = [
-    "CHAT_TEMPLATE", "Box", "Canvas", "Encoded", "ImageProcessor", "Processor", "StreamDecoder", "Tokenizer",
+    "CHAT_TEMPLATE", "Box", "Canvas", "Encoded", "Given", "ImageProcessor", "Processor", "StreamDecoder", "Tokenizer",
     "format_box", "iou", "join", "open_picture", "parse_boxes", "to_normalised", "to_pixels", "to_rgb",
 ]  # fmt: skip
 
@@ -78,7 +78,7 @@ class Processor:
 
     def encode_document(self, segments: Sequence) -> Encoded:
         """A pre-training document of texts and pictures: begin_of_text, the segments, end_of_text. Loss falls on text
-        and on end_of_text, not on begin_of_text nor on any token of a picture's layout."""
+        and on end_of_text, not on `Given` text, begin_of_text or any token of a picture's layout."""
         return self.encode_documents([segments])[0]
 
     def encode_documents(self, documents: Iterable[Sequence]) -> list[Encoded]:
@@ -122,7 +122,10 @@ class Processor:
     def _document(self, segments: list) -> Iterable[Segment]:
         yield Segment("control", self.tokenizer.bos)
         for segment in segments:
-            yield Segment("text", segment, True) if isinstance(segment, str) else Segment("picture", segment)
+            if isinstance(segment, str):
+                yield Segment("text", segment, not isinstance(segment, Given))
+            else:
+                yield Segment("picture", segment)
         yield Segment("control", self.tokenizer.end_of_text, True)
 
     def _assemble(self, segments: Iterable[Segment], encode: object) -> Encoded:

@@ -151,6 +151,10 @@ class Encoded:
         return len(self.tokens)
 
 
+class Given(str):
+    """Text of a document that is read and not learnt, such as the name of what is asked for."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """A piece of a rendered conversation: `kind` "control" (`value`: an id), "text" (a string) or "picture"."""

@@ -21,6 +21,7 @@ from itertools import count as count_from
 import numpy as np
 
 from puna.errors import PunaError
+from puna.processor import Given
 from puna.processor.grounding import format_box, iou, parse_boxes
 from puna.tasks.base import Item, Task, assistant, check, user
 from puna.tasks.languages import weighted
@@ -75,7 +76,8 @@ class Grounding(Task):
         messages = []
         for turn, spot in enumerate(wanted):
             name = by_id()[spot.concept].names["en"]
-            messages += [user(ask(name, rand), *([scene] if turn == 0 else [])), assistant(written(spot, scene.side))]
+            box = "".join(written(spot, scene.side))
+            messages += [user(ask(name, rand), *([scene] if turn == 0 else [])), assistant(box)]
         meta = {
             "task": self.name,
             "lang": "en",
@@ -85,7 +87,7 @@ class Grounding(Task):
             "objects": len(objects),
             "background": scene.background,
         }
-        return Item(messages, written(wanted[-1], scene.side), meta)
+        return Item(messages, "".join(written(wanted[-1], scene.side)), meta)
 
     def grade(self, item: Item, text: str) -> float:
         """1 if the first box in `text` and the true box have an IoU of at least 0.5; else 0."""
@@ -122,7 +124,7 @@ LESSONS = {  # each harder than the one before; a tile is SIDE pixels
 class Scenes:
     """Scenes and the places of all that is in them, endless: `document(i)` is a pure function of (seed, i).
 
-    lessons: weights of `LESSONS` (default: all alike). words: share of the scenes that say places in words, "pizza: top
+    lessons: weights of `LESSONS` (default: all alike). words: share of the scenes that say places in words, "pizza top
     left", instead of boxes. Of a box's two dozen tokens only a few depend on the picture, and the others' noise hides
     them for ten thousands of pictures; two words are learnt sooner (docs/LOG.md), and boxes after them. The name comes
     first, as in a caption: what is asked for is known before its place is.
@@ -151,8 +153,12 @@ class Scenes:
         if not self.told:
             return [scene]  # not drawn yet
         objects = rand.sample(scene.objects, len(scene.objects))
-        words = rand.random() < self.words
-        return [scene, "\n".join((in_words if words else written)(spot, scene.side) for spot in objects)]
+        line = in_words if rand.random() < self.words else written
+        parts: list[str | PictureRef] = [scene]
+        for i, spot in enumerate(objects):
+            label, where = line(spot, scene.side)
+            parts += [Given("\n" * (i > 0) + label), where]
+        return parts
 
     def documents(self, seed: int = 0, start: int = 0) -> Iterator[list[str | PictureRef]]:
         """Documents from `start` on, without end."""
@@ -160,9 +166,9 @@ class Scenes:
             yield self.document(index, seed)
 
 
-def in_words(spot: Placed, side: int) -> str:
-    """An object's English name and its place in words: "pizza: top left"."""
-    return f"{by_id()[spot.concept].names['en']}: {place(spot, side)}"
+def in_words(spot: Placed, side: int) -> tuple[str, str]:
+    """An object's English name and its place in words: "pizza", " top left"."""
+    return by_id()[spot.concept].names["en"], f" {place(spot, side)}"
 
 
 def place(spot: Placed, side: int) -> str:
@@ -171,9 +177,11 @@ def place(spot: Placed, side: int) -> str:
     return f"{('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}"
 
 
-def written(spot: Placed, side: int) -> str:
-    """An object's box in the box format, labelled with its English name."""
-    return format_box(by_id()[spot.concept].names["en"], spot.box(side))
+def written(spot: Placed, side: int) -> tuple[str, str]:
+    """An object's box in the box format, labelled with its English name: the label's part, and the rest."""
+    box = format_box(by_id()[spot.concept].names["en"], spot.box(side))
+    at = box.index(">") + 1
+    return box[:at], box[at:]
 
 
 def best_constant_box(boxes: list, steps: int = 16) -> tuple[tuple[int, int, int, int], float]:

@@ -20,8 +20,9 @@ class TrainConfig:
     rows: int = 8  # rows per optimizer step
     accumulate: int = 1  # micro-batches per step; rows must divide by it
     optimizer: str = "adamw"  # adamw | muon (hidden matrices; adamw for the rest)
-    lr: float = 3e-3  # peak learning rate of matrices
-    lr_embedding: float = 1.0  # multipliers on lr for the other groups; 0 freezes one
+    lr: float = 3e-3  # peak learning rate of attention's matrices
+    lr_ffn: float = 1.0  # multipliers on lr for the other groups, 0 freezes one: feed-forward matrices and experts
+    lr_embedding: float = 1.0
     lr_head: float = 1.0
     lr_vector: float = 1.0  # norms and biases
     lr_router: float = 1.0
@@ -86,5 +87,5 @@ class TrainConfig:
 
     @property
     def multipliers(self) -> dict[str, float]:
-        """Learning-rate multipliers by parameter group (`optim.adamw.group_of`); that of matrices is 1."""
+        """Learning-rate multipliers by parameter group (`optim.adamw.group_of`); that of attention's matrices is 1."""
         return {group: getattr(self, f"lr_{group}") for group in GROUPS if group != "matrix"}
