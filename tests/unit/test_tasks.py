@@ -285,9 +285,9 @@ def test_scenes_mix_their_lessons_by_weight():
 def test_scenes_say_places_in_words():
     spoken = [Scenes({"few": 1.0}, words=1.0).document(i) for i in range(200)]
     seen = set()
-    for scene, text in spoken:
+    for scene, *parts in spoken:
         by_name = {_name(spot.concept): spot for spot in scene.objects}
-        lines = [line.rsplit(": ", 1) for line in text.split("\n")]
+        lines = [(name.strip(), where) for name, where in zip(parts[::2], parts[1::2], strict=True)]
         assert sorted(name for name, _ in lines) == sorted(by_name)
         for name, where in lines:
             x1, y1, x2, y2 = by_name[name].box(scene.side)
@@ -296,7 +296,7 @@ def test_scenes_say_places_in_words():
             assert abs((y1 + y2) / 2 - (row + 0.5) * 333) <= 175 and abs((x1 + x2) / 2 - (column + 0.5) * 333) <= 175
             seen.add(where)
     assert len(seen) == 9
-    boxed = [bool(parse_boxes(Scenes(words=0.5).document(i)[1])) for i in range(200)]
+    boxed = [bool(parse_boxes("".join(Scenes(words=0.5).document(i)[1:]))) for i in range(200)]
     assert 0.4 < sum(boxed) / 200 < 0.6
 
 
