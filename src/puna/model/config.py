@@ -113,7 +113,7 @@ class ModelConfig:
     max_context: int = 262144
     patch_token: int | None = None  # id of <|patch|>, set from the processor
     vision: VisionConfig | None = None
-    ffn_init: float = 1.0  # initial feed-forward outputs, as a share of what `init.py` gives them otherwise
+    ffn_init: float = 1.0  # initial w2 of experts and feed-forward layers, times this (`init.py`); no weight afterwards
 
     def __post_init__(self):
         fill = object.__setattr__  # frozen: derived layer lists are filled in once, here

@@ -48,7 +48,7 @@ def std_of(name: str, shape: tuple[int, ...], config: ModelConfig) -> float | No
     if name.endswith(("attention.wo.weight", "w2.weight", "experts.w2", "mlp.fc2.weight")):
         if name.startswith("vision."):
             return std / math.sqrt(2 * config.vision.layers)
-        scale = config.ffn_init if name.endswith("w2.weight") or name.endswith("experts.w2") else 1.0
+        scale = 1.0 if name.endswith("attention.wo.weight") else config.ffn_init
         return scale * std * math.sqrt(min(1.0, 4 / config.n_layers))
     if name.endswith("router.weight"):
         return std / 2

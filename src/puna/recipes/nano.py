@@ -29,7 +29,7 @@ GROW = dict(lr=1.5e-3, lr_embedding=1.0, lr_head=1.3, lr_vision=0.67, lr_adapter
 # model has learnt to read it, and goes on slowly then: at pre-training's rates it forgot half of what it knew.
 SIGHT = dict(image_size=128, layers=3)
 # While it learns to find things, in pictures and in what was said, attention goes ahead and the experts follow slowly:
-# with all at one rate, which of two things is meant was not learnt in five times as many lines (docs/LOG.md).
+# a small experiment binds names to places so and not with all at one rate; in the hour it is not shown (docs/LOG.md).
 FIND = dict(lr=1e-3, lr_ffn=0.1, lr_embedding=1.0, lr_head=5.0, lr_router=0.3, warmup_head=20)
 STILL = dict(lr_vision=0.0, lr_sight=0.0, lr_adapter=0.0)
 SLOW = dict(lr_vision=0.1, lr_sight=0.1, lr_adapter=0.1)
@@ -94,7 +94,7 @@ def _sixty() -> tuple[StageConfig | None, ...]:
     # An hour also learns to look codes up in long texts and to point. Look-ups come in lessons (tasks/recall.py): one
     # code among few in the first stage; many, then in texts, in the second, half of which is nothing else (mixed with
     # all the rest they take several times as long). Pointing needs edges first, which the tower learns apart; then
-    # one thing's place in words, then which of two, then boxes of six. Numbers: docs/LOG.md.
+    # which of two things a name means, in words, then boxes of six. Numbers: docs/LOG.md.
     options = OPTIONS | {
         "captions": {"items": 40000, "languages": _english(0.85)},
         "scenes": {"items": 8000, "lessons": {"pair": 1.0, "wide": 1.0, "all": 2.0}, "words": 0.2},
