@@ -29,7 +29,7 @@ GROW = dict(lr=1.5e-3, lr_embedding=1.0, lr_head=1.3, lr_vision=0.67, lr_adapter
 # model has learnt to read it, and goes on slowly then: at pre-training's rates it forgot half of what it knew.
 SIGHT = dict(image_size=128, layers=3)
 # While it learns to find things, in pictures and in what was said, attention goes ahead and the experts follow slowly:
-# a small experiment binds names to places so and not with all at one rate; in the hour it is not shown (docs/LOG.md).
+# with all at one rate the first 16,000 lines of two things taught half as much of where they are (docs/LOG.md).
 FIND = dict(lr=1e-3, lr_ffn=0.1, lr_embedding=1.0, lr_head=5.0, lr_router=0.3, warmup_head=20)
 STILL = dict(lr_vision=0.0, lr_sight=0.0, lr_adapter=0.0)
 SLOW = dict(lr_vision=0.1, lr_sight=0.1, lr_adapter=0.1)
