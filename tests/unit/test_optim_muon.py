@@ -8,7 +8,7 @@ from training_helpers import CONFIG, changed, job, lively_model, random_batch, v
 
 from puna.errors import PunaError
 from puna.model import Llama4
-from puna.optim import build_adamw, build_muon
+from puna.optim import OPTIMIZERS, build_adamw, build_muon
 from puna.optim.adamw import group_of, set_lr
 from puna.optim.muon import COEFFICIENTS, MOMENTUM, cut_of, orthogonalise
 from puna.train import TrainConfig, checkpoint, metrics, train
@@ -119,19 +119,27 @@ def test_three_steps_are_the_reference_matrix_by_matrix():
         assert distance(after[name], before[name]) > 0.01, name
 
 
-def test_the_rest_is_adamw():
-    """Everything that is no hidden matrix moves bitwise as `build_adamw` would move it, and hidden matrices do not."""
+@pytest.mark.parametrize("kind", ["muon", "muon_attention"])
+def test_the_rest_is_adamw(kind):
+    """Everything that is no hidden matrix moves bitwise as `build_adamw` would move it, and hidden matrices do not;
+    `muon_attention` counts all but attention's matrices to the rest."""
+
+    def is_muons(name):
+        return is_hidden(name) and (kind == "muon" or name.startswith("layers.") and ".attention." in name)
+
     ours, theirs = lively_model(), lively_model()
-    made, plain = build(ours, head=2.0), build_adamw(theirs, 1e-2, 0.1, (0.9, 0.99), 1e-8, {"head": 2.0})
+    plain = build_adamw(theirs, 1e-2, 0.1, (0.9, 0.99), 1e-8, {"head": 2.0})
+    made = OPTIMIZERS[kind](ours, 1e-2, 0.1, (0.9, 0.99), 1e-8, {"head": 2.0})
+    set_lr(made, 1.0)
     set_lr(plain, 1.0)
     for step in range(3):
         for model, optimizer in ((ours, made), (theirs, plain)):
             gradients(model, step)
             optimizer.step()
-    assert changed(values(ours), values(theirs)) == {name for name in values(ours) if is_hidden(name)}
+    assert changed(values(ours), values(theirs)) == {name for name in values(ours) if is_muons(name)}
     state = {name: set(made.state[p]) for name, p in ours.named_parameters()}
     for name, keys in state.items():
-        assert keys == ({"momentum_buffer"} if is_hidden(name) else {"step", "exp_avg", "exp_avg_sq"}), name
+        assert keys == ({"momentum_buffer"} if is_muons(name) else {"step", "exp_avg", "exp_avg_sq"}), name
 
 
 def test_where_shapes_allow_it_is_torchs_muon():
@@ -242,5 +250,5 @@ def test_another_optimizer_cannot_go_on(tmp_path):
         train(job(tmp_path, source=until(5), optimizer="muon"))
     with pytest.raises(PunaError, match="train.optimizer.*muon.*adamw"):
         train(job(tmp_path, optimizer="adamw"))
-    with pytest.raises(PunaError, match="train.optimizer must be adamw or muon, not 'sgd'"):
+    with pytest.raises(PunaError, match="train.optimizer must be adamw, muon, muon_attention, not 'sgd'"):
         TrainConfig(optimizer="sgd")

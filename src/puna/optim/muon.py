@@ -18,7 +18,9 @@ orthogonalised alone, as Jordan advises for q, k, v and Megatron does: an update
 stored, and made orthogonal together, the part with the larger gradients would take the smaller one's share.
 
 **Experts** [E, in, out] are E matrices in one batched product. One without a token in a step has no gradient, and stays
-where it is: its old momentum, however small, would be blown up to a whole step.
+where it is: its old momentum, however small, would be blown up to a whole step. Fifteen products for each
+matrix of a hundred experts cost more than the step itself where a step is short; `muon_attention` leaves all but
+attention's matrices to AdamW.
 
 **Sharded** (FSDP2; parameters, gradients and moments are DTensors). Experts sharded by expert are whole where they are.
 Other matrices are gathered, made orthogonal by one rank each in turn, and scattered back, so that the work is shared.
@@ -28,7 +30,7 @@ Tensor parallelism cuts matrices before that, and is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,7 @@ from puna.errors import PunaError
 from puna.optim.adamw import DECAYING, group_of
 
 COEFFICIENTS, STEPS, MOMENTUM, RMS, TINY = (3.4445, -4.7750, 2.0315), 5, 0.95, 0.2, 1e-7
+HIDDEN = ("matrix", "ffn", "vision")  # groups of hidden matrices
 
 
 def orthogonalise(update: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,15 +144,16 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def build_muon(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float,
-               multipliers: Mapping[str, float] | None = None) -> Muon:  # fmt: skip
+               multipliers: Mapping[str, float] | None = None, moved: Container[str] = HIDDEN) -> Muon:  # fmt: skip
     """Muon and AdamW over the trainable parameters, in `build_adamw`'s groups (those of matrices once for every way of
-    cutting them); betas and eps are AdamW's. Newton-Schulz runs in the model's compute dtype."""
+    cutting them); betas and eps are AdamW's. Newton-Schulz runs in the model's compute dtype. moved: the groups
+    that are Muon's."""
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         group = group_of(name, parameter)
-        hidden = group in ("matrix", "ffn", "vision") and "patch_embedding" not in name
+        hidden = group in moved and "patch_embedding" not in name
         part = getattr(model, "parts", {}).get(name)  # of a parallel model: what this process has of the whole
         if hidden and part is not None and part.shape[-2:] != tuple(parameter.shape[-2:]):
             raise PunaError("train.optimizer muon needs whole matrices, parallel.tp cuts them: use adamw")

@@ -19,7 +19,7 @@ class TrainConfig:
     steps: int = 100
     rows: int = 8  # rows per optimizer step
     accumulate: int = 1  # micro-batches per step; rows must divide by it
-    optimizer: str = "adamw"  # adamw | muon (hidden matrices; adamw for the rest)
+    optimizer: str = "adamw"  # adamw | muon (hidden matrices) | muon_attention (attention's alone); the rest by adamw
     lr: float = 3e-3  # peak learning rate of attention's matrices
     lr_ffn: float = 1.0  # multipliers on lr for the other groups, 0 freezes one: feed-forward matrices and experts
     lr_embedding: float = 1.0
@@ -73,7 +73,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise PunaError(f"train.{name} must lie in 0..1, got {getattr(self, name)}")
         if self.optimizer not in OPTIMIZERS:
-            raise PunaError(f"train.optimizer must be {' or '.join(OPTIMIZERS)}, not {self.optimizer!r}")
+            raise PunaError(f"train.optimizer must be {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
         if self.balancing not in BALANCING:
             raise PunaError(f"train.balancing must be {', '.join(BALANCING)}, not {self.balancing!r}")
         if self.balance is not None and not 0 <= self.balance < math.inf:
