@@ -36,6 +36,7 @@ from puna.train import memory
 from puna.train.loop import compute_dtype
 from puna.train.step import train_step
 from puna.train.terms import NextToken
+from puna.train.workers import Workers
 
 CONFIG = "config.json"
 
@@ -60,10 +61,11 @@ def probe(run: RunConfig, steps: int = 3) -> float:
     batch = Batch(tokens, tokens, torch.ones(shape, dtype=torch.bool), docs, None, (0,) * shape[0],
                   ("probe",) * shape[0], tuple(range(shape[0])))  # fmt: skip
     model.train()
-    seconds = []
+    workers = Workers(model, part.train.workers) if part.train.workers > 1 else None
+    batches, seconds = batch.split(part.train.accumulate), []
     for _ in range(steps):
         begin = time.perf_counter()
-        train_step(model, optimizer, [batch], NextToken(), 1.0, part.train.slice)
+        train_step(model, optimizer, batches, NextToken(), 1.0, part.train.slice, workers=workers)
         seconds.append(time.perf_counter() - begin)
     return tokens.numel() / min(seconds)
 

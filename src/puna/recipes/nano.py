@@ -30,12 +30,14 @@ GROW = dict(lr=1.5e-3, lr_embedding=1.0, lr_head=1.3, lr_vision=0.67, lr_adapter
 SIGHT = dict(image_size=128, layers=3)
 # While it learns to find things, in pictures and in what was said, attention goes ahead, by Muon: from the lines after
 # which it tells two things apart, AdamW had hardly begun to (docs/LOG.md). The experts follow slowly.
-FIND = dict(optimizer="muon_attention", lr=4e-3, lr_ffn=0.025, lr_embedding=0.25, lr_head=1.25, lr_vector=0.25,
-            lr_router=0.07, warmup_head=20)  # fmt: skip
+FIND = dict(optimizer="muon_attention", lr=5e-3, lr_ffn=0.02, lr_embedding=0.2, lr_head=1.0, lr_vector=0.2,
+            lr_router=0.06, warmup_head=20)  # fmt: skip
 SETTLE = dict(optimizer="muon_attention", lr=4e-3, lr_ffn=0.375, lr_embedding=0.375, lr_head=0.5, lr_vector=0.375,
               lr_router=0.25)  # fmt: skip
+# A row for each of two cores: they meet once a step, not at every product (train/workers.py).
+PAIR = dict(rows=2, accumulate=2, workers=2)
 STILL = dict(lr_vision=0.0, lr_sight=0.0, lr_adapter=0.0)
-SLOW = dict(lr_vision=0.1, lr_sight=0.1, lr_adapter=0.1)
+SLOW = dict(lr_vision=0.04, lr_sight=0.04, lr_adapter=0.04)
 
 HEAP_MB = 1536  # of a step of 2,048 tokens
 
@@ -109,20 +111,19 @@ def _sixty() -> tuple[StageConfig | None, ...]:
     }
     # The tower sees a whole scene on one tile (SIGHT), and learns names and edges apart, most of the time in scenes.
     vision = _stage(
-        512, 3, {"captions": 0.3, "scenes": 0.7},
+        256, 3, {"captions": 0.45, "scenes": 0.55},
         {"captions": {"items": 60000, "languages": {"en": 1.0}},
          "scenes": {"items": 160000, "lessons": {"all": 1.0}, "told": False}},
-        steps=8000, rows=1, warmup=100, decay=0.4, floor=0.02, checkpoint_every=2000, eval_every=2000,
-        optimizer="muon", lr=8e-4, lr_vision=3.0, weight_decay=0.02,
+        steps=10000, warmup=100, decay=0.4, floor=0.02, checkpoint_every=2000, eval_every=2000,
+        optimizer="muon", lr=8e-4, lr_vision=3.0, weight_decay=0.02, **PAIR,
     )  # fmt: skip
     pretrain = _stage(
         512, 0, {"scenes": 1.0},
         options | {"sft/recall": {"items": 4000, "most": 3},
-                   "scenes": {"items": 16000, "lessons": {"alone": 1.0, "pair": 2.0, "wide": 3.0, "all": 1.0},
-                              "words": 0.9}},
-        then=(Phase(0.35, _mix(0.03, captions=0.56, scenes=0.16, sft_recall=0.12, text_en=0.08, code=0.03,
+                   "scenes": {"items": 16000, "lessons": {"alone": 3.0, "pair": 7.0, "wide": 10.0}, "words": 1.0}},
+        then=(Phase(0.25, _mix(0.03, captions=0.50, scenes=0.24, sft_recall=0.10, text_en=0.08, code=0.03,
                                sft_addition=0.02)),),
-        steps=1200, rows=2, warmup=50, decay=0.1, floor=0.3, checkpoint_every=400, eval_every=600, **FIND | STILL,
+        steps=1850, warmup=50, decay=0.1, floor=0.3, checkpoint_every=600, eval_every=900, **PAIR | FIND | STILL,
     )  # fmt: skip
     midtrain = _stage(
         1024, 1, {"sft/recall": 1.0},
@@ -132,17 +133,17 @@ def _sixty() -> tuple[StageConfig | None, ...]:
                    "sft/recall": {"items": 8000, "fewest": 2, "most": 8},
                    "sft/needle": {"items": 2200, "keys": [5, 10], "fewest": 2, "shortest": 0.3, "turns": 6,
                                   "every": 0.9}},
-        then=(Phase(0.16, {"sft/recall": 0.35, "sft/needle": 0.65}),
-              Phase(0.58, {"sft/recall": 0.11, "sft/needle": 0.27, "long/en": 0.22, "long/code": 0.08,
-                           "sft/addition": 0.06, "captions": 0.12, "scenes": 0.14})),
-        steps=3700, rows=1, warmup=15, decay=0.1, floor=0.5, checkpoint_every=400, eval_every=1300, **SETTLE | STILL,
+        then=(Phase(0.12, {"sft/recall": 0.35, "sft/needle": 0.65}),
+              Phase(0.34, {"sft/recall": 0.05, "sft/needle": 0.16, "long/en": 0.20, "long/code": 0.07,
+                          "sft/addition": 0.06, "captions": 0.22, "scenes": 0.24})),
+        steps=1200, warmup=15, decay=0.1, floor=0.5, checkpoint_every=300, eval_every=600, **PAIR | SETTLE | STILL,
     )  # fmt: skip
     sft = _stage(
         1024, 2,
-        _mix(0.06, sft_naming=0.16, sft_addition=0.09, text_en=0.13, code=0.05, captions=0.08, scenes=0.10,
-             sft_grounding=0.16, sft_needle=0.11, sft_recall=0.03, sft_facts=0.02, sft_conversations=0.01),
+        _mix(0.06, sft_naming=0.17, sft_addition=0.11, text_en=0.13, code=0.05, captions=0.08, scenes=0.10,
+             sft_grounding=0.20, sft_needle=0.06, sft_recall=0.01, sft_facts=0.02, sft_conversations=0.01),
         options,
-        steps=2700, rows=2, warmup=15, decay=0.4, floor=0.02, checkpoint_every=300, eval_every=1000, **SETTLE | SLOW,
+        steps=2550, warmup=15, decay=0.4, floor=0.02, checkpoint_every=300, eval_every=1000, **PAIR | SETTLE | SLOW,
     )  # fmt: skip
     return vision, pretrain, midtrain, sft
 

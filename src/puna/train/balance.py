@@ -216,6 +216,11 @@ def thresholds(model: nn.Module, gates: Sequence[Tensor]):
             layer.choice = choice
 
 
+def _add_by_name(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value.clone()
+
+
 class Routes:
     """What the routers did in one optimizer step: sums over its micro-batches, after `gather` of all processes."""
 
@@ -238,8 +243,14 @@ class Routes:
                 count_E += layer.counts_E
             if layer.flips is not None:
                 self.flips += layer.flips
-            for name, value in layer.seen.items():
-                seen[name] = seen[name] + value if name in seen else value.clone()
+            _add_by_name(seen, layer.seen)
+
+    def add(self, other: Routes) -> None:
+        """The sums of another's micro-batches too."""
+        for count_E, more_E, seen, noted in zip(self.counts, other.counts, self.seen, other.seen, strict=True):
+            count_E += more_E
+            _add_by_name(seen, noted)
+        self.flips += other.flips
 
     def gather(self, mesh: Mesh) -> None:
         """Sums over all processes, in one message."""

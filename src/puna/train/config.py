@@ -19,6 +19,7 @@ class TrainConfig:
     steps: int = 100
     rows: int = 8  # rows per optimizer step
     accumulate: int = 1  # micro-batches per step; rows must divide by it
+    workers: int = 1  # micro-batches at a time, each in a thread with cores of its own (train/workers.py)
     optimizer: str = "adamw"  # adamw | muon (hidden matrices) | muon_attention (attention's alone); the rest by adamw
     lr: float = 3e-3  # peak learning rate of attention's matrices
     lr_ffn: float = 1.0  # multipliers on lr for the other groups, 0 freezes one: feed-forward matrices and experts
@@ -55,11 +56,17 @@ class TrainConfig:
     eval_every: int = 100
 
     def __post_init__(self):
-        for name in ("steps", "rows", "accumulate", "slice", "checkpoint_every", "keep", "eval_every", "max_skips"):
+        for name in ("steps", "rows", "accumulate", "workers", "slice", "checkpoint_every", "keep", "eval_every",
+                     "max_skips"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise PunaError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if self.rows % self.accumulate:
             raise PunaError(f"train.rows {self.rows} must divide by train.accumulate {self.accumulate}")
+        if self.accumulate % self.workers:
+            raise PunaError(f"train.accumulate {self.accumulate} must divide by train.workers {self.workers}")
+        if self.workers > 1 and (self.balancing != "bias" or self.fp8 != "off" or self.compile == "on"):
+            raise PunaError("train.workers: threads side by side know train.balancing bias, train.fp8 off and no "
+                            "train.compile: set train.workers 1")  # fmt: skip
         for name in ("lr", "clip", "eps"):
             if not getattr(self, name) > 0:
                 raise PunaError(f"train.{name} must be positive, got {getattr(self, name)}")

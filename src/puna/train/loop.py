@@ -36,6 +36,7 @@ from puna.train.metrics import Display, MetricsFile, NoMetrics
 from puna.train.step import train_step
 from puna.train.terms import NextToken, Term
 from puna.train.trackers import Tracker
+from puna.train.workers import Workers
 
 if TYPE_CHECKING:  # one process needs no torch.distributed
     from puna.parallel.mesh import Mesh
@@ -171,6 +172,9 @@ def _saver(job: Job) -> checkpoint.Saver:
 def _steps(job: Job, optimizer, balancer, saver, done: int, metrics, display, received: list[int]) -> None:
     config, model, mesh = job.train, job.model, job.mesh
     skips, start, device = 0, time.perf_counter(), next(model.parameters()).device
+    if config.workers > 1 and (mesh is not None or device.type != "cpu"):
+        raise PunaError("train.workers are threads of one process on a CPU: set train.workers 1")
+    workers = Workers(model, config.workers) if config.workers > 1 else None
     for step in range(done, config.steps):
         begin = time.perf_counter()
         model.train()
@@ -180,7 +184,8 @@ def _steps(job: Job, optimizer, balancer, saver, done: int, metrics, display, re
         batch = job.source(step).to(device)
         balancer.apply(anneal(step, config.steps), batch.tokens_BT.numel() * (mesh.layout.rows if mesh else 1))
         waited = time.perf_counter() - begin
-        result = train_step(model, optimizer, batch.split(config.accumulate), job.term, config.clip, config.slice, mesh)
+        result = train_step(model, optimizer, batch.split(config.accumulate), job.term, config.clip, config.slice, mesh,
+                            workers)  # fmt: skip
         if not result.skipped:
             balancer.adjust(result.counts, result.seen)
             balance_metrics(balancer, result.metrics)

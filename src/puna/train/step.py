@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from puna.train.terms import Term
 if TYPE_CHECKING:  # one process needs no torch.distributed, a step no pictures
     from puna.data import Batch
     from puna.parallel.mesh import Mesh
+    from puna.train.workers import Workers
 
 
 @dataclass
@@ -81,10 +83,11 @@ def loss_gradient(model: Llama4, batch: Batch, hidden_BTD: Tensor, term: Term, d
 
 
 def train_step(model: Llama4, optimizer, batches: list[Batch], term: Term, clip: float, slice_size: int,
-               mesh: Mesh | None = None) -> StepResult:  # fmt: skip
+               mesh: Mesh | None = None, workers: Workers | None = None) -> StepResult:  # fmt: skip
     """Runs one optimizer step over its micro-batches; the learning rate is already set.
 
     mesh: the processes that take the step together, each with its own rows; all numbers of the result are the step's.
+    workers: threads that do the micro-batches side by side; None: one after the other.
     """
     own = model.share.of_batch if model.share is not None else lambda x: x
     valid, tokens = (sum(int(own(x).sum()) for x in each) for each in (
@@ -103,11 +106,18 @@ def train_step(model: Llama4, optimizer, batches: list[Batch], term: Term, clip:
         add(loss, metrics)
         return gradient_BTD
 
+    def one(model: Llama4, batch: Batch):
+        own_routes = Routes(model)
+        with own_routes.watch():
+            return accumulate_gradients(model, batch, term, max(valid, 1), slice_size), own_routes
+
     if model.pipeline is not None:
         model.pipeline.run(model, batches, last_stage, routes.watch)
-    for batch in batches if model.pipeline is None else ():
-        with routes.watch():
-            add(*accumulate_gradients(model, batch, term, max(valid, 1), slice_size))
+    else:
+        several = map(partial(one, model), batches) if workers is None else workers.run(one, batches)
+        for measured, noted in several:
+            add(*measured)
+            routes.add(noted)
     if mesh is not None:
         sums = mesh.sum_named(sums)
         routes.gather(mesh)
