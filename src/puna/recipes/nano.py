@@ -133,10 +133,10 @@ def _sixty() -> tuple[StageConfig | None, ...]:
                    "sft/recall": {"items": 8000, "fewest": 2, "most": 8},
                    "sft/needle": {"items": 2200, "keys": [5, 10], "fewest": 2, "shortest": 0.3, "turns": 6,
                                   "every": 0.9}},
-        then=(Phase(0.12, {"sft/recall": 0.35, "sft/needle": 0.65}),
-              Phase(0.34, {"sft/recall": 0.05, "sft/needle": 0.16, "long/en": 0.20, "long/code": 0.07,
+        then=(Phase(0.2, {"sft/recall": 0.35, "sft/needle": 0.65}),
+              Phase(0.4, {"sft/recall": 0.05, "sft/needle": 0.16, "long/en": 0.20, "long/code": 0.07,
                           "sft/addition": 0.06, "captions": 0.22, "scenes": 0.24})),
-        steps=1200, warmup=15, decay=0.1, floor=0.5, checkpoint_every=300, eval_every=600, **PAIR | SETTLE | STILL,
+        steps=2000, rows=1, warmup=15, decay=0.1, floor=0.5, checkpoint_every=400, eval_every=1000, **SETTLE | STILL,
     )  # fmt: skip
     sft = _stage(
         1024, 2,
