@@ -118,25 +118,26 @@ def _sixty() -> tuple[StageConfig | None, ...]:
         optimizer="muon", lr=8e-4, lr_vision=3.0, weight_decay=0.02, **PAIR,
     )  # fmt: skip
     pretrain = _stage(
-        512, 0, {"scenes": 1.0},
-        options | {"sft/recall": {"items": 4000, "most": 3},
+        512, 0, {"scenes": 0.5, "sft/recall": 0.5},
+        options | {"sft/recall": {"items": 8000, "most": 6},
                    "scenes": {"items": 16000, "lessons": {"alone": 3.0, "pair": 7.0, "wide": 10.0}, "words": 1.0}},
-        then=(Phase(0.25, _mix(0.03, captions=0.50, scenes=0.24, sft_recall=0.10, text_en=0.08, code=0.03,
+        then=(Phase(0.36, _mix(0.03, captions=0.46, scenes=0.20, sft_recall=0.18, text_en=0.08, code=0.03,
                                sft_addition=0.02)),),
         steps=1850, warmup=50, decay=0.1, floor=0.3, checkpoint_every=600, eval_every=900, **PAIR | FIND | STILL,
     )  # fmt: skip
     midtrain = _stage(
-        1024, 1, {"sft/recall": 1.0},
+        1024, 1, {"sft/recall": 0.5, "scenes": 0.5},
         options | {"captions": {"items": 16000, "languages": _english(0.85)},
-                   "scenes": {"items": 8000, "lessons": {"alone": 1.0, "pair": 2.0, "wide": 3.0, "all": 2.0},
+                   "scenes": {"items": 12000, "lessons": {"alone": 1.0, "pair": 2.0, "wide": 4.0, "all": 3.0},
                               "words": 0.3},
                    "sft/recall": {"items": 8000, "fewest": 2, "most": 8},
                    "sft/needle": {"items": 2200, "keys": [5, 10], "fewest": 2, "shortest": 0.3, "turns": 6,
                                   "every": 0.9}},
-        then=(Phase(0.2, {"sft/recall": 0.35, "sft/needle": 0.65}),
-              Phase(0.4, {"sft/recall": 0.05, "sft/needle": 0.16, "long/en": 0.20, "long/code": 0.07,
+        then=(Phase(0.2, {"sft/recall": 0.18, "sft/needle": 0.45, "scenes": 0.22, "captions": 0.15}),
+              Phase(0.5, {"sft/recall": 0.05, "sft/needle": 0.16, "long/en": 0.20, "long/code": 0.07,
                           "sft/addition": 0.06, "captions": 0.22, "scenes": 0.24})),
-        steps=2000, rows=1, warmup=15, decay=0.1, floor=0.5, checkpoint_every=400, eval_every=1000, **SETTLE | STILL,
+        steps=2900, rows=1, warmup=15, decay=0.1, floor=0.5, checkpoint_every=400, eval_every=1000,
+        **FIND | STILL | dict(lr_ffn=0.06),
     )  # fmt: skip
     sft = _stage(
         1024, 2,
