@@ -5,7 +5,7 @@ The order of things is the recipe (docs/LOG.md has the numbers): first look, the
     vision     (the hour) the tower alone, names and edges, several times as many pictures a second as in the model
     pretrain   pictures and their names, a little of everything else; small steps. The head learns at once, everything
                else is warmed up over half the stage, so that pictures are still told apart when they begin to pay
-    midtrain   longer text and code, sums, hidden codes; the body at four times the rate
+    midtrain   longer text and code, sums, hidden codes; the body at four times the rate (the hour's: also pointing)
     sft        conversations, and enough of all before that nothing is forgotten
 """
 
@@ -96,10 +96,11 @@ def _twelve() -> tuple[StageConfig | None, ...]:
 
 
 def _sixty() -> tuple[StageConfig | None, ...]:
-    # An hour also learns to look codes up in long texts and to point. Look-ups come in lessons (tasks/recall.py): one
-    # code among few in the first stage; many, then in texts, in the second, half of which is nothing else (mixed with
-    # all the rest they take several times as long). Pointing needs edges first, which the tower learns apart; then
-    # which of two things a name means, in words, then boxes of six. Numbers: docs/LOG.md.
+    # An hour also learns to look codes up in long texts and to point. Both are to find what a name stands beside, so
+    # both come first and together, in many small steps at rates that let attention go ahead (FIND); learnt one after
+    # the other, the second wiped the first out. Look-ups come in lessons (tasks/recall.py): few codes, then many, then
+    # in texts. Pointing needs edges first, which the tower learns apart; then which of two things a name means, in
+    # words, then boxes of six. Numbers: docs/LOG.md.
     options = OPTIONS | {
         "captions": {"items": 40000, "languages": _english(0.85)},
         "scenes": {"items": 8000, "lessons": {"pair": 1.0, "wide": 1.0, "all": 2.0}, "words": 0.2},
@@ -118,12 +119,12 @@ def _sixty() -> tuple[StageConfig | None, ...]:
         optimizer="muon", lr=8e-4, lr_vision=3.0, weight_decay=0.02, **PAIR,
     )  # fmt: skip
     pretrain = _stage(
-        512, 0, {"scenes": 0.5, "sft/recall": 0.5},
+        256, 0, {"scenes": 0.5, "sft/recall": 0.5},
         options | {"sft/recall": {"items": 8000, "most": 6},
                    "scenes": {"items": 16000, "lessons": {"alone": 3.0, "pair": 7.0, "wide": 10.0}, "words": 1.0}},
         then=(Phase(0.36, _mix(0.03, captions=0.46, scenes=0.20, sft_recall=0.18, text_en=0.08, code=0.03,
                                sft_addition=0.02)),),
-        steps=1850, warmup=50, decay=0.1, floor=0.3, checkpoint_every=600, eval_every=900, **PAIR | FIND | STILL,
+        steps=3600, warmup=50, decay=0.1, floor=0.3, checkpoint_every=1200, eval_every=1800, **PAIR | FIND | STILL,
     )  # fmt: skip
     midtrain = _stage(
         1024, 1, {"sft/recall": 0.5, "scenes": 0.5},
