@@ -36,7 +36,7 @@ from puna.train import memory
 from puna.train.loop import compute_dtype
 from puna.train.step import train_step
 from puna.train.terms import NextToken
-from puna.train.workers import Workers
+from puna.train.workers import side_by_side
 
 CONFIG = "config.json"
 
@@ -61,12 +61,12 @@ def probe(run: RunConfig, steps: int = 3) -> float:
     batch = Batch(tokens, tokens, torch.ones(shape, dtype=torch.bool), docs, None, (0,) * shape[0],
                   ("probe",) * shape[0], tuple(range(shape[0])))  # fmt: skip
     model.train()
-    workers = Workers(model, part.train.workers) if part.train.workers > 1 else None
     batches, seconds = batch.split(part.train.accumulate), []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        train_step(model, optimizer, batches, NextToken(), 1.0, part.train.slice, workers=workers)
-        seconds.append(time.perf_counter() - begin)
+    with side_by_side(model, part.train.workers) as workers:
+        for _ in range(steps):
+            begin = time.perf_counter()
+            train_step(model, optimizer, batches, NextToken(), 1.0, part.train.slice, workers=workers)
+            seconds.append(time.perf_counter() - begin)
     return tokens.numel() / min(seconds)
 
 

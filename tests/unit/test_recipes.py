@@ -138,17 +138,22 @@ def test_minutes_become_steps_once(tmp_path, monkeypatch):
     assert life.resolve(run, tmp_path / "plain", None) == run, "without minutes nothing is scaled"
 
 
-def test_the_probe_measures_the_recipes_own_batch(monkeypatch):
-    run = recipes.get("nano_scout")
+@pytest.mark.parametrize("minutes", [12, 60])
+def test_the_probe_measures_the_recipes_own_batch(minutes, monkeypatch):
+    run = recipes.get("nano_scout", minutes)
     small = dataclasses.replace(run.model, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, expert_width=32,
                                 vocab_size=400, n_experts=2, vision=None)  # fmt: skip
     clock = iter([0.0, 4.0, 10.0, 12.0, 20.0, 25.0])  # steps of 4, 2 and 5 seconds
     monkeypatch.setattr(life.time, "perf_counter", lambda: next(clock))
     fed = []
-    monkeypatch.setattr(life, "train_step", lambda *args: fed.append(args[2][0].tokens_BT.shape))
+    monkeypatch.setattr(life, "train_step", lambda *args, workers: fed.append(
+        ([batch.tokens_BT.shape for batch in args[2]], len(workers.models) if workers else 1)))  # fmt: skip
     speed = life.probe(dataclasses.replace(run, model=small))
     shape = (run.pretrain.train.rows, run.pretrain.data.seq_len)
-    assert fed == [shape] * 3 and speed == shape[0] * shape[1] / 2.0, "the fastest step counts"
+    parts = run.pretrain.train.accumulate
+    assert fed == [([(shape[0] // parts, shape[1])] * parts, run.pretrain.train.workers)] * 3
+    assert parts == (2 if minutes == 60 else 1)
+    assert speed == shape[0] * shape[1] / 2.0, "the fastest step counts"
 
 
 # ---- recipes of one's own -------------------------------------------------------------------------------------------

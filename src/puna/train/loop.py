@@ -36,7 +36,7 @@ from puna.train.metrics import Display, MetricsFile, NoMetrics
 from puna.train.step import train_step
 from puna.train.terms import NextToken, Term
 from puna.train.trackers import Tracker
-from puna.train.workers import Workers
+from puna.train.workers import Workers, side_by_side
 
 if TYPE_CHECKING:  # one process needs no torch.distributed
     from puna.parallel.mesh import Mesh
@@ -145,8 +145,11 @@ def train(job: Job) -> Llama4:
     display = Display(job.name, config.steps, done, job.quiet or not main)
     try:
         place = next(model.parameters()).device.type
-        with _signals() as received, compiling(config.compile, place), _saver(job) as saver:
-            _steps(job, optimizer, balancer, saver, done, metrics, display, received)
+        if config.workers > 1 and (job.mesh is not None or place != "cpu"):
+            raise PunaError("train.workers are threads of one process on a CPU: set train.workers 1")
+        with (_signals() as received, compiling(config.compile, place), _saver(job) as saver,
+              side_by_side(model, config.workers) as workers):  # fmt: skip
+            _steps(job, optimizer, balancer, saver, done, metrics, display, received, workers)
     finally:
         metrics.close()
         display.close()
@@ -169,12 +172,10 @@ def _saver(job: Job) -> checkpoint.Saver:
     return checkpoint.Saver(job.folder, job.mesh, asynchronous, config.keep, every)
 
 
-def _steps(job: Job, optimizer, balancer, saver, done: int, metrics, display, received: list[int]) -> None:
+def _steps(job: Job, optimizer, balancer, saver, done: int, metrics, display, received: list[int],
+           workers: Workers | None) -> None:  # fmt: skip
     config, model, mesh = job.train, job.model, job.mesh
     skips, start, device = 0, time.perf_counter(), next(model.parameters()).device
-    if config.workers > 1 and (mesh is not None or device.type != "cpu"):
-        raise PunaError("train.workers are threads of one process on a CPU: set train.workers 1")
-    workers = Workers(model, config.workers) if config.workers > 1 else None
     for step in range(done, config.steps):
         begin = time.perf_counter()
         model.train()

@@ -11,8 +11,9 @@ It pays where a micro-batch's products are too small to share, and costs a secon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -82,3 +83,14 @@ class Workers:
     def close(self) -> None:
         """Ends the threads."""
         self.pool.shutdown()
+
+
+@contextmanager
+def side_by_side(model: Llama4, count: int) -> Iterator[Workers | None]:
+    """Workers as long as it lasts; None for one, which needs no thread of its own."""
+    workers = Workers(model, count) if count > 1 else None
+    try:
+        yield workers
+    finally:
+        if workers is not None:
+            workers.close()
