@@ -18,9 +18,9 @@ orthogonalised alone, as Jordan advises for q, k, v and Megatron does: an update
 stored, and made orthogonal together, the part with the larger gradients would take the smaller one's share.
 
 **Experts** [E, in, out] are E matrices in one batched product. One without a token in a step has no gradient, and stays
-where it is: its old momentum, however small, would be blown up to a whole step. Fifteen products for each
-matrix of a hundred experts cost more than the step itself where a step is short; `muon_attention` leaves all but
-attention's matrices to AdamW.
+where it is: its old momentum, however small, would be blown up to a whole step. Fifteen products for each matrix of a
+hundred experts cost more than the step itself where a step is short; `muon_attention` leaves all but attention's
+matrices to AdamW.
 
 **Sharded** (FSDP2; parameters, gradients and moments are DTensors). Experts sharded by expert are whole where they are.
 Other matrices are gathered, made orthogonal by one rank each in turn, and scattered back, so that the work is shared.

@@ -28,8 +28,8 @@ GROW = dict(lr=1.5e-3, lr_embedding=1.0, lr_head=1.3, lr_vision=0.67, lr_adapter
 # The hour's eyes: a whole scene on one tile, 16 tokens of 32 pixels. Trained apart, the tower stays as it is until the
 # model has learnt to read it, and goes on slowly then: at pre-training's rates it forgot half of what it knew.
 SIGHT = dict(image_size=128, layers=3)
-# While it learns to find things, in pictures and in what was said, attention goes ahead, by Muon: from the lines after
-# which it tells two things apart, AdamW had hardly begun to (docs/LOG.md). The experts follow slowly.
+# While it learns to find things, in pictures and in what was said, attention goes ahead, by Muon: it tells two things
+# apart after as many lines as AdamW needs to begin (docs/LOG.md). The experts follow slowly.
 FIND = dict(optimizer="muon_attention", lr=5e-3, lr_ffn=0.02, lr_embedding=0.2, lr_head=1.0, lr_vector=0.2,
             lr_router=0.06, warmup_head=20)  # fmt: skip
 SETTLE = dict(optimizer="muon_attention", lr=4e-3, lr_ffn=0.375, lr_embedding=0.375, lr_head=0.5, lr_vector=0.375,
@@ -97,10 +97,10 @@ def _twelve() -> tuple[StageConfig | None, ...]:
 
 def _sixty() -> tuple[StageConfig | None, ...]:
     # An hour also learns to look codes up in long texts and to point. Both are to find what a name stands beside, so
-    # both come first and together, in many small steps at rates that let attention go ahead (FIND); learnt one after
-    # the other, the second wiped the first out. Look-ups come in lessons (tasks/recall.py): few codes, then many, then
-    # in texts. Pointing needs edges first, which the tower learns apart; then which of two things a name means, in
-    # words, then boxes of six. Numbers: docs/LOG.md.
+    # both come first and together, in many small steps at rates that let attention go ahead (FIND); mid-training as it
+    # is here still forgets places. Look-ups come in lessons (tasks/recall.py): few codes, then many, then in texts.
+    # Pointing needs edges first, which the tower learns apart; then which of two things a name means, in words, then
+    # boxes of six. Numbers: docs/LOG.md.
     options = OPTIONS | {
         "captions": {"items": 40000, "languages": _english(0.85)},
         "scenes": {"items": 8000, "lessons": {"pair": 1.0, "wide": 1.0, "all": 2.0}, "words": 0.2},
